@@ -1,0 +1,512 @@
+"""``cl-lab bench``: our training loop against Avalanche's and against a bare torch loop, measured in one process.
+
+*loop*, *online* and *resnet* train one model on one stream with three contestants that start from the same weights:
+
+- *ours*: :class:`~cl_lab.trainer.Trainer`, fed with the stream's uint8 samples; ``ours_s`` is the ``train_seconds`` of
+  its record;
+- *avalanche*: Avalanche's own strategy on a benchmark made as its classic ones are, from the same uint8 samples;
+  ``avalanche_s`` is the time in its ``train``. *avalanche_lean* is the same on float32 tensors that were scaled
+  beforehand, the fastest set-up found;
+- *bare*: a hand-written torch loop that does the same arithmetic on float32 tensors that were scaled beforehand.
+
+All count training alone: every optimiser step, what a strategy does between experiences (Fisher, memory), nothing of
+making data, model and optimiser, and no evaluation. Accuracies are means over the test sets after the last experience.
+Contestants take turns within each repetition, so that a drift of the machine hits all alike; the median is reported.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.metadata
+import logging
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from cl_lab import registry, seeding
+from cl_lab.chain import Chain
+from cl_lab.config import RunConfig, parse
+from cl_lab.errors import ConfigError, DataError, PluginError, UserError, nearest
+from cl_lab.learner import EngineLearner
+from cl_lab.models import Classifier, MLPBackbone
+from cl_lab.records import Experience, Stream, TensorData
+from cl_lab.trainer import Trainer
+
+log = logging.getLogger("cl_lab")
+
+SEED = 0
+_WARM_UP_SAMPLES = 32  # per experience, before anything is measured
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the contestants train: a stream, a model and the strategies to try."""
+
+    model: Mapping[str, Any]
+    strategies: Mapping[str, Mapping[str, Any]]
+    batch_size: int
+    lr: float
+    shape: tuple[int, ...]
+    train_samples: int
+    test_samples: int
+    scenario: str | None = None
+    online: bool = False
+    experiences: int = 5
+    classes: int = 10
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """Knobs of the scenario."""
+        return {"online": self.online, "train_limit": self.train_samples, "test_limit": self.test_samples}
+
+
+_MLP = {"name": "mlp", "hidden": [256], "head": "single"}
+
+WORKLOADS: dict[str, Workload] = {
+    "loop": Workload(
+        _MLP,
+        {"naive": {}, "replay": {"memory": 500}, "ewc": {"strength": 10.0}},
+        batch_size=64,
+        lr=0.05,
+        shape=(1, 28, 28),
+        train_samples=12000,
+        test_samples=2000,
+        scenario="split-fashion-mnist",
+    ),
+    "online": Workload(
+        _MLP,
+        {"naive": {}, "replay": {"memory": 500}},
+        batch_size=10,
+        lr=0.01,
+        shape=(1, 28, 28),
+        train_samples=2000,
+        test_samples=2000,
+        scenario="split-fashion-mnist",
+        online=True,
+    ),
+    "resnet": Workload(
+        {"name": "slim-resnet18", "head": "single"},
+        {"naive": {}, "replay": {"memory": 500}},
+        batch_size=10,
+        lr=0.03,
+        shape=(3, 32, 32),
+        train_samples=200,
+        test_samples=100,
+    ),
+}
+"""Streams and sizes of the benchmarks that train, by name."""
+
+FISHER_SAMPLES = 12000
+VMAP_SAMPLES = 1200
+"""vmap runs on this many samples, and its time is scaled up linearly."""
+_VMAP_CHUNK = 16  # the fastest of 4 to 128: what fits the cache
+
+COMMANDS = (("--help",), ("list", "strategies"), ("show", "strategy", "ewc"), ("run", "--help"))
+"""Command lines whose start is measured."""
+
+
+def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+    """The rows of benchmark ``name``: one per strategy and thread count (*startup*: per command).
+
+    Times are medians over ``repeats``. Raises :class:`ConfigError` for an unknown name or a thread count below 1.
+    """
+    known = [*WORKLOADS, "fisher", "startup"]
+    if name not in known:
+        raise ConfigError(f"bench: unknown benchmark '{name}'{nearest(name, known)}")
+    if any(n < 1 for n in threads):
+        raise ConfigError(f"bench: threads = {min(threads)}: must be 1 or more")
+    if name == "startup":
+        return [_startup(words, repeats) for words in COMMANDS]
+    before = torch.get_num_threads()
+    rows = []
+    try:
+        if name == "fisher":
+            stream, data = _stream(replace(WORKLOADS["loop"], train_samples=FISHER_SAMPLES))
+            for n in threads:
+                torch.set_num_threads(n)
+                rows.append(_fisher(stream, data, n, repeats))
+        else:
+            work = WORKLOADS[name]
+            stream, data = _stream(work)
+            for strategy in work.strategies:
+                for n in threads:
+                    torch.set_num_threads(n)
+                    rows.append(_race(name, work, stream, data, strategy, n, repeats))
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
+# -- streams -------------------------------------------------------------------------------------------------------
+
+
+def _stream(work: Workload) -> tuple[Stream, str]:
+    """The stream with all its tensors in memory, and what it is made of; made up where the data set is absent."""
+    if work.scenario is not None:
+        try:
+            stream = registry.create("scenarios", {"name": work.scenario, **work.knobs}, "bench").stream(SEED)
+            return _kept(stream, lambda data: data), work.scenario.removeprefix("split-")
+        except DataError as error:
+            log.warning("%s; measuring on made-up data of the same shape", error)
+    return _made_up(work), "made-up"
+
+
+def _kept(stream: Stream, change: Callable[[TensorData], TensorData]) -> Stream:
+    """``stream`` with ``change`` applied to every set, now; nothing is made anew when an experience is released."""
+    return replace(
+        stream, experiences=tuple(_experience(e, change(e.train), change(e.test)) for e in stream.experiences)
+    )
+
+
+def _experience(like: Experience, train: TensorData, test: TensorData) -> Experience:
+    return Experience(like.index, like.name, like.classes, lambda: train, lambda: test)
+
+
+def _made_up(work: Workload) -> Stream:
+    """Noisy copies of one coarse random pattern per class, as uint8: of the shape of ``work``, and learnable."""
+    rng = seeding.generator(SEED, "bench")
+    channels, height, width = work.shape
+    coarse = torch.rand(work.classes, channels, 4, 4, generator=rng)
+    patterns = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
+    per = work.classes // work.experiences
+
+    def draw(first: int, samples: int) -> TensorData:
+        y = first + torch.arange(samples) % per
+        noise = torch.randn(samples, *work.shape, generator=rng)
+        x = (patterns[y] + 0.3 * noise).clamp_(0, 1).mul_(255).to(torch.uint8)
+        return TensorData(x, y, torch.zeros_like(y))
+
+    experiences = []
+    for i in range(work.experiences):
+        train, test = draw(i * per, work.train_samples), draw(i * per, work.test_samples)
+        like = Experience(i, f"made-up {i}", range(i * per, (i + 1) * per), lambda: train, lambda: test)  # noqa: B023
+        experiences.append(_experience(like, train, test))
+    return Stream(
+        "made-up", tuple(experiences), work.shape, work.classes, online=work.online, boundaries=not work.online
+    )
+
+
+# -- training: ours, Avalanche's, bare -----------------------------------------------------------------------------
+
+Result = tuple[float, float]
+"""Seconds of training, and the mean accuracy over all test sets after it. The model is trained in place."""
+
+
+def _race(
+    name: str, work: Workload, stream: Stream, data: str, strategy: str, threads: int, repeats: int
+) -> dict[str, Any]:
+    seeding.seed_everything(SEED)
+    model = registry.create("models", work.model, "model").build(stream)
+    floats = _kept(stream, lambda d: TensorData(_as_input(d.x, model), d.y, d.t))
+    contestants: dict[str, Callable[[Stream, Stream, Classifier], Result]] = {
+        "ours": lambda stream, _, model: _ours(work, stream, model, strategy),
+        "avalanche": lambda stream, floats, model: _avalanche(work, stream, floats, model, strategy, "usual"),
+        "avalanche_lean": lambda stream, floats, model: _avalanche(work, stream, floats, model, strategy, "lean"),
+        "bare": lambda _, floats, model: _bare(work, floats, model, strategy),
+    }
+    few = [_kept(s, lambda d: d.take(torch.arange(min(len(d), _WARM_UP_SAMPLES)))) for s in (stream, floats)]
+    for train in contestants.values():
+        train(few[0], few[1], copy.deepcopy(model))
+    seconds: dict[str, list[float]] = {c: [] for c in contestants}
+    accuracy: dict[str, list[float]] = {c: [] for c in contestants}
+    for i in range(repeats):
+        for contestant, train in contestants.items():
+            fresh = copy.deepcopy(model)
+            gc.collect()
+            took, reached = train(stream, floats, fresh)
+            seconds[contestant].append(took)
+            accuracy[contestant].append(reached)
+        shown = ", ".join(f"{c} {s[-1]:.3f} s" for c, s in seconds.items())
+        log.info("%s: %s, threads %d, repetition %d of %d: %s", name, strategy, threads, i + 1, repeats, shown)
+    median = {c: statistics.median(s) for c, s in seconds.items()}
+    return {
+        "strategy": strategy,
+        "threads": threads,
+        **{f"{c}_s": s for c, s in median.items()},
+        "speedup": median["avalanche"] / median["ours"],
+        "speedup_lean": median["avalanche_lean"] / median["ours"],
+        "over_bare": median["ours"] / median["bare"],
+        **{f"accuracy_{c}": statistics.median(a) for c, a in accuracy.items()},
+        "data": data,
+        "samples": sum(len(e.train) for e in stream.experiences),
+        "repeats": repeats,
+    }
+
+
+def _config(work: Workload, strategy: str) -> RunConfig:
+    return parse(
+        {
+            "scenario": {"name": work.scenario or "made-up"},
+            "model": dict(work.model),
+            "strategy": {"name": strategy, **work.strategies[strategy]},
+            "training": {"epochs": 1, "batch_size": work.batch_size, "lr": work.lr, "optimizer": "sgd"},
+            "engine": {"device": "cpu"},
+            "checkpoint": {"enabled": False},
+            "tracking": {"uri": None},
+            "seed": SEED,
+        },
+        "bench",
+    )
+
+
+def _ours(work: Workload, stream: Stream, model: Classifier, strategy: str) -> Result:
+    config = _config(work, strategy)
+    link = registry.create("strategies", {"name": strategy, **work.strategies[strategy]}, "strategy")
+    learner = EngineLearner(model, stream, config.training, config.engine, SEED)
+    record = Trainer(stream, learner, Chain([link], [strategy], stream), config, SEED).run()
+    return record.train_seconds, statistics.fmean(record.matrix[-1])
+
+
+def _avalanche(work: Workload, stream: Stream, floats: Stream, model: Classifier, strategy: str, form: str) -> Result:
+    plain = _plain(model)
+    whole = nn.Sequential(nn.Flatten(), *plain) if _flat(model) else plain
+    result = _peer()(
+        strategy,
+        stream,
+        whole,
+        lr=work.lr,
+        batch_size=work.batch_size,
+        epochs=1,
+        knobs=work.strategies[strategy],
+        seed=SEED,
+        form=form,
+    )
+    return result.train_seconds, _accuracy(plain, floats)
+
+
+def _peer() -> Any:
+    """Avalanche's side, through its entry point: the core imports neither plug-ins nor Avalanche."""
+    found = list(importlib.metadata.entry_points(group="cl_lab.peers", name="avalanche"))
+    if not found:
+        raise PluginError("bench: entry point 'avalanche' of cl_lab.peers is missing; reinstall cl-lab")
+    return found[0].load()
+
+
+def _bare(work: Workload, stream: Stream, model: Classifier, strategy: str) -> Result:
+    """The loop that one would write by hand, without hooks, checks and records."""
+    plain = _plain(model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=work.lr)
+    knobs, size, online = work.strategies[strategy], work.batch_size, work.online
+    memory = _Reservoir(knobs["memory"], stream.experiences[0].train.x) if strategy == "replay" else None
+    penalty = _Quadratic(knobs["strength"], plain) if strategy == "ewc" else None
+    plain.train()
+    start = time.perf_counter()
+    for i, experience in enumerate(stream.experiences):
+        data = experience.train
+        order = seeding.permutation(len(data), SEED, "order", i, 0)
+        for first in range(0, len(data), size):
+            rows = order[first : first + size]
+            x, y = data.x[rows], data.y[rows]
+            if memory is not None:
+                new_x, new_y = x, y
+                if memory.seen:
+                    old_x, old_y = memory.draw(size)
+                    x, y = torch.cat([x, old_x]), torch.cat([y, old_y])
+                if online:
+                    memory.add(new_x, new_y)
+            loss = F.cross_entropy(plain(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            if penalty is not None and i:
+                penalty.pull()
+            optimizer.step()
+        if memory is not None and not online:
+            memory.add(data.x, data.y)
+        if penalty is not None:
+            penalty.add(data.x)
+    seconds = time.perf_counter() - start
+    return seconds, _accuracy(plain, stream)
+
+
+class _Reservoir:
+    """Vitter's algorithm R."""
+
+    def __init__(self, capacity: int, like: Tensor) -> None:
+        self.x, self.y = like.new_empty(capacity, *like.shape[1:]), torch.empty(capacity, dtype=torch.int64)
+        self.capacity, self.seen, self.random = capacity, 0, random.Random(SEED)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        rows: dict[int, int] = {}  # by place; a later row overwrites an earlier one
+        for row in range(len(y)):
+            place = self.seen if self.seen < self.capacity else int(self.random.random() * (self.seen + 1))
+            if place < self.capacity:
+                rows[place] = row
+            self.seen += 1
+        if rows:
+            places, taken = torch.tensor(list(rows)), torch.tensor(list(rows.values()))
+            self.x[places], self.y[places] = x[taken], y[taken]
+
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        index = torch.randperm(min(self.seen, self.capacity))[:n]
+        return self.x[index], self.y[index]
+
+
+class _Quadratic:
+    """EWC's penalty as one running quadratic, with the exact Fisher of a two-layer ReLU network written out."""
+
+    def __init__(self, strength: float, model: nn.Sequential) -> None:
+        self.strength, self.model = strength, model
+        self.fisher = [torch.zeros_like(p) for p in model.parameters()]
+        self.anchor = [torch.zeros_like(p) for p in model.parameters()]
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        for p, f, a in zip(self.model.parameters(), self.fisher, self.anchor, strict=True):
+            assert p.grad is not None
+            p.grad.addcmul_(f, p - a, value=self.strength)
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        first, _, last = self.model
+        assert isinstance(last, nn.Linear)
+        found = [torch.zeros_like(p) for p in self.model.parameters()]
+        for block in x.split(512):
+            h = torch.relu(first(block))
+            p = torch.softmax(last(h), dim=1)
+            at_hidden, at_logits = torch.zeros_like(h), torch.zeros_like(p)
+            for k in range(p.shape[1]):  # squared gradients of √p_k · log p_k, summed over the labels k
+                g = -p
+                g[:, k] += 1
+                g *= p[:, k : k + 1].sqrt()
+                at_logits += g.square()
+                at_hidden += ((g @ last.weight) * (h > 0)).square()
+            found[0] += at_hidden.T @ block.square()
+            found[1] += at_hidden.sum(dim=0)
+            found[2] += at_logits.T @ h.square()
+            found[3] += at_logits.sum(dim=0)
+        for theta, f, a, new in zip(self.model.parameters(), self.fisher, self.anchor, found, strict=True):
+            new /= len(x)
+            f += new
+            a += torch.where(f > 0, new / f, 1.0) * (theta - a)
+
+
+def _plain(model: Classifier) -> nn.Sequential:
+    """The model's own modules as one would put them together by hand: of ``x`` alone, an MLP of flat ``x``."""
+    if _flat(model):
+        return nn.Sequential(*(m for m in model.modules() if next(m.children(), None) is None))
+    return nn.Sequential(model.backbone, model.head.linear)
+
+
+def _flat(model: Classifier) -> bool:
+    return isinstance(model.backbone, MLPBackbone)
+
+
+def _as_input(x: Tensor, model: Classifier) -> Tensor:
+    scaled = x.float().div(255)
+    return scaled.flatten(1) if _flat(model) else scaled
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, stream: Stream) -> float:
+    model.eval()
+    hits = [
+        sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in zip(test.x.split(512), test.y.split(512), strict=True))
+        / len(test)
+        for test in (e.test for e in stream.experiences)
+    ]
+    return statistics.fmean(hits)
+
+
+# -- the exact Fisher ----------------------------------------------------------------------------------------------
+
+
+def _fisher(stream: Stream, data: str, threads: int, repeats: int) -> dict[str, Any]:
+    """EWC's work after an experience, through the public protocol, against per-sample gradients by ``torch.func``.
+
+    ``max_relative_difference`` is relative to the largest entry of each parameter tensor, on the samples vmap saw.
+    """
+    work = WORKLOADS["loop"]
+    config = _config(work, "ewc")
+    seeding.seed_everything(SEED)
+    model = registry.create("models", work.model, "model").build(stream)
+    learner = EngineLearner(model, stream, config.training, config.engine, SEED)
+    learner.begin(fresh=True)
+    experience = stream.experiences[0]
+    count = min(VMAP_SAMPLES, len(experience.train))
+    few = _experience(experience, experience.train.take(torch.arange(count)), experience.test)
+    inputs = learner.prepare_input(few.train.x)
+
+    def ours(on: Experience) -> tuple[float, dict[str, Tensor]]:
+        strategy = registry.create("strategies", {"name": "ewc", "fisher": "exact"}, "strategy")
+        start = time.perf_counter()
+        strategy.after_experience(on, learner)
+        return time.perf_counter() - start, strategy.state_dict()["precision"]
+
+    def by_vmap() -> tuple[float, dict[str, Tensor]]:
+        start = time.perf_counter()
+        found = _fisher_by_vmap(learner.replica(), inputs, few.train.t)
+        return time.perf_counter() - start, found
+
+    mine, reference = ours(few)[1], by_vmap()[1]  # also warms both up
+    difference = max(float((mine[n] - v).abs().max() / v.abs().max()) for n, v in reference.items())
+    scale = len(experience.train) / count
+    seconds: dict[str, list[float]] = {"ours": [], "vmap": []}
+    for i in range(repeats):
+        seconds["ours"].append(ours(experience)[0])
+        seconds["vmap"].append(by_vmap()[0] * scale)
+        shown = ", ".join(f"{c} {s[-1]:.3f} s" for c, s in seconds.items())
+        log.info("fisher: threads %d, repetition %d of %d: %s", threads, i + 1, repeats, shown)
+    median = {c: statistics.median(s) for c, s in seconds.items()}
+    return {
+        "threads": threads,
+        "ours_s": median["ours"],
+        "vmap_s": median["vmap"],
+        "ratio": median["vmap"] / median["ours"],
+        "max_relative_difference": difference,
+        "samples": len(experience.train),
+        "vmap_samples": count,
+        "data": data,
+        "repeats": repeats,
+    }
+
+
+def _fisher_by_vmap(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """``E_x Σ_k p_k (∂ log p_k / ∂θ)²``, the sum over labels by one vectorised gradient each, in chunks of samples."""
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+
+    def log_p(parameters: dict[str, Tensor], x: Tensor, t: Tensor, k: int) -> Tensor:
+        logits = functional_call(model, parameters, (x.unsqueeze(0), t.unsqueeze(0)))
+        return torch.log_softmax(logits[0], dim=0)[k]
+
+    gradients = vmap(grad(log_p), in_dims=(None, 0, 0, None))
+    found = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    for first in range(0, len(x), _VMAP_CHUNK):
+        rows = slice(first, first + _VMAP_CHUNK)
+        with torch.no_grad():
+            p = torch.softmax(model(x[rows], t[rows]), dim=1)
+        for k in range(p.shape[1]):
+            for name, g in gradients(parameters, x[rows], t[rows], k).items():
+                found[name] += torch.einsum("b,b...->...", p[:, k], g.square())
+    return {n: v / len(x) for n, v in found.items()}
+
+
+# -- the command line ----------------------------------------------------------------------------------------------
+
+
+def _startup(words: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Wall time of a command from start to end; a first start, which fills the disk cache, is not counted."""
+    script = Path(sys.executable).with_name("cl-lab")
+    command = [str(script)] if script.is_file() and os.access(script, os.X_OK) else [sys.executable, "-m", "cl_lab"]
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+        seconds.append(time.perf_counter() - start)
+        if done.returncode:
+            raise UserError(f"bench: 'cl-lab {' '.join(words)}' ended with code {done.returncode}: {done.stderr}")
+    row = {"command": " ".join(["cl-lab", *words]), "seconds": statistics.median(seconds[1:]), "repeats": repeats}
+    log.info("startup: %s: %.3f s", row["command"], row["seconds"])
+    return row

@@ -1,0 +1,115 @@
+"""Strategies compose: a chain calls each of its links in order, so no file exists for a pair of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from cl_lab.errors import ConfigError
+from cl_lab.protocols import Learner, Strategy
+from cl_lab.records import Batch, Experience, State, Stream, TensorData
+
+_HOOKS = (
+    "prepare",
+    "before_experience",
+    "training_set",
+    "budget",
+    "mix",
+    "adjust_loss",
+    "adjust_gradients",
+    "after_step",
+    "after_experience",
+    "penalty",
+)
+
+
+class Chain:
+    """A list of strategies as one; hooks that no link overrides cost nothing.
+
+    Raises :class:`ConfigError` where two links both choose the training set, or where a link needs boundaries that the
+    stream hides.
+    """
+
+    def __init__(self, links: Sequence[Strategy], names: Sequence[str], stream: Stream) -> None:
+        self.links, self.names = list(links), list(names)
+        self._active: dict[str, list[Any]] = {
+            hook: [link for link in links if getattr(type(link), hook) is not getattr(Strategy, hook)]
+            for hook in _HOOKS
+        }
+        choosers = [n for n, s in zip(names, links, strict=True) if s in self._active["training_set"]]
+        if len(choosers) > 1:
+            raise ConfigError(
+                f"strategy chain: {' and '.join(choosers)} both choose the training set; keep one of them"
+            )
+        for name, link in zip(names, links, strict=True):
+            if link.needs_boundaries and not stream.boundaries:
+                raise ConfigError(
+                    f"strategy '{name}' needs to know where an experience ends, but this stream hides it; "
+                    "set scenario.boundaries=true or take a strategy that does not (cl-lab list strategies)"
+                )
+
+    @property
+    def reference(self) -> bool:
+        """Whether any link sees more than a continual learner may."""
+        return any(link.reference for link in self.links)
+
+    def overrides(self, hook: str) -> bool:
+        """Whether any link does something at ``hook``."""
+        return bool(self._active[hook])
+
+    def prepare(self, model: nn.Module, stream: Stream) -> nn.Module:
+        """See :class:`~cl_lab.protocols.Strategy`, as for every hook below."""
+        for link in self._active["prepare"]:
+            model = link.prepare(model, stream)
+        return model
+
+    def before_experience(self, experience: Experience, learner: Learner) -> None:
+        for link in self._active["before_experience"]:
+            link.before_experience(experience, learner)
+
+    def training_set(self, experience: Experience, learner: Learner) -> TensorData | None:
+        for link in self._active["training_set"]:
+            chosen: TensorData | None = link.training_set(experience, learner)
+            return chosen
+        return experience.train
+
+    def budget(self, experience: Experience, learner: Learner) -> int:
+        return max((link.budget(experience, learner) for link in self._active["budget"]), default=1)
+
+    def mix(self, batch: Batch, learner: Learner) -> Batch:
+        for link in self._active["mix"]:
+            batch = link.mix(batch, learner)
+        return batch
+
+    def adjust_loss(self, loss: Tensor, *, batch: Batch, outputs: Tensor, learner: Learner) -> Tensor:
+        for link in self._active["adjust_loss"]:
+            loss = link.adjust_loss(loss, batch=batch, outputs=outputs, learner=learner)
+        return loss
+
+    def adjust_gradients(self, learner: Learner) -> None:
+        for link in self._active["adjust_gradients"]:
+            link.adjust_gradients(learner)
+
+    def after_step(self, learner: Learner) -> None:
+        for link in self._active["after_step"]:
+            link.after_step(learner)
+
+    def after_experience(self, experience: Experience, learner: Learner) -> None:
+        for link in self._active["after_experience"]:
+            link.after_experience(experience, learner)
+
+    def penalty(self, learner: Learner) -> float:
+        return float(sum(link.penalty(learner) for link in self._active["penalty"]))
+
+    def state_dict(self) -> State:
+        return {
+            f"{i}-{name}": link.state_dict() for i, (name, link) in enumerate(zip(self.names, self.links, strict=True))
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        for i, (name, link) in enumerate(zip(self.names, self.links, strict=True)):
+            own = state[f"{i}-{name}"]
+            assert isinstance(own, dict)
+            link.load_state_dict(own)

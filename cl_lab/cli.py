@@ -1,0 +1,377 @@
+"""The command line. Nothing heavy is imported until a command needs it: ``--help`` and ``list`` answer at once.
+
+With ``--json``, stdout holds that one document alone; log lines and progress bars go to stderr. A mistake of the user's is
+one line and exit code 2; ``--debug`` (anywhere on the line) shows the traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cl_lab import __version__
+from cl_lab.errors import ConfigError, Interrupted, UserError, nearest
+
+app = typer.Typer(
+    name="cl-lab",
+    help="A laboratory for continual learning and model editing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; logs go to stderr.")]
+Config = Annotated[Path, typer.Argument(help="YAML file of the experiment (examples in configs/).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Dotted overrides, for example training.epochs=2.")]
+Out = Annotated[Path | None, typer.Option(help="Output folder; default runs/<name of the file>.")]
+DataDir = Annotated[Path | None, typer.Option(help="Where data sets lie (as CL_LAB_DATA).")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")]
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    out: Out = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Run one strategy with one seed; the score matrix and everything else go to a folder and to MLflow."""
+    from cl_lab import experiment
+    from cl_lab.display import StepProgress
+
+    settings, folder = _settings(config, overrides, out, data_dir)
+    leader = int(os.environ.get("RANK", "0")) == 0  # under accelerate launch, every rank gets here
+    progress = StepProgress() if leader else None
+    if progress is None:
+        experiment.run(settings, folder, resume=resume)
+        return
+    with progress:
+        document = experiment.run(settings, folder, resume=resume, observer=progress)
+    if as_json:
+        _print_json(_contract(document))
+        return
+    _console().print(_run_table(document))
+    _console().print(f"run folder: {document['path']}")
+
+
+@app.command()
+def compare(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    out: Out = None,
+    data_dir: DataDir = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each with its share of the cores.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Run every strategy with every seed and write one report."""
+    from cl_lab.comparison import compare as run_comparison
+    from cl_lab.reporting import rich_table
+
+    settings, folder = _settings(config, overrides, out, data_dir)
+    comparison = run_comparison(settings, folder, jobs=jobs, resume=resume)
+    if as_json:
+        rows = [
+            {k: row[k] for k in ("strategy", "seeds", "metrics")} | {"runs": [_contract(r) for r in row["runs"]]}
+            for row in comparison["rows"]
+        ]
+        _print_json({"scenario": comparison["scenario"], "path": comparison["path"], "rows": rows})
+    else:
+        _console().print(rich_table(comparison))
+        _console().print(f"report: {folder / 'report.html'}")
+    failed = [r for row in comparison["rows"] for r in row["runs"] if r["status"] != "finished"]
+    if failed:
+        first = failed[0]
+        raise UserError(
+            f"{len(failed)} of the runs failed, first {first['label']} seed {first['seed']}: {first['error']}; "
+            "the others are in the report"
+        )
+
+
+@app.command("list")
+def list_plugins(
+    kind: Annotated[str, typer.Argument(help="scenarios, strategies, models, editors or metrics.")],
+    as_json: Json = False,
+) -> None:
+    """List what is installed, plug-ins included."""
+    from cl_lab import registry
+
+    if kind not in registry.KINDS:
+        raise ConfigError(f"list: unknown kind '{kind}'{nearest(kind, registry.KINDS)}")
+    rows = registry.summaries(kind)
+    if as_json:
+        _print_json(rows)
+        return
+    if not rows:
+        typer.echo(f"no {kind} are installed")
+        return
+    width = max(len(r["name"]) for r in rows)
+    for r in rows:
+        typer.echo(f"{r['name']:<{width}}  {r['summary']}")
+
+
+@app.command()
+def show(
+    kind: Annotated[str, typer.Argument(help="scenario, strategy, model, editor or metric.")],
+    name: Annotated[str, typer.Argument(help="Its name, as cl-lab list prints it, or file.py:Class.")],
+    as_json: Json = False,
+) -> None:
+    """Show every knob of a plug-in with its type, default and meaning."""
+    import inspect
+
+    from cl_lab import knobs, registry
+
+    plural = next((k for k in registry.KINDS if kind in (k, registry.singular(k))), None)
+    if plural is None:
+        raise ConfigError(f"show: unknown kind '{kind}'{nearest(kind, [registry.singular(k) for k in registry.KINDS])}")
+    if plural == "metrics":
+        _show_metric(name, as_json)
+        return
+    cls, _ = registry.load(plural, name)
+    rows = knobs.describe(cls)
+    if as_json:
+        _print_json({"name": name, "knobs": rows})
+        return
+    from rich.table import Table
+
+    table = Table(
+        "knob", "type", "default", "meaning", title=f"{registry.singular(plural)} {name}", title_justify="left"
+    )
+    for r in rows:
+        default = r["default"] if r["default"] == "required" else json.dumps(r["default"])
+        table.add_row(r["name"], r["type"], default, r["doc"])
+    console = _console()
+    console.print(inspect.getdoc(cls) or "", markup=False, highlight=False)
+    console.print(table if rows else "no knobs", markup=False)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs or comparisons.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html and report.md; default: the first given.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one report over the given runs."""
+    from cl_lab import reporting
+
+    comparison = reporting.from_runs(runs)
+    folder = out or runs[0]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to output folder '{folder}': {error.strerror}; choose another with --out"
+        ) from error
+    html, markdown = reporting.write_report(comparison, folder)
+    if as_json:
+        _print_json({"html": str(html), "markdown": str(markdown)})
+        return
+    _console().print(reporting.rich_table(comparison))
+    _console().print(f"report: {html}")
+
+
+@app.command()
+def ui(
+    uri: Annotated[str, typer.Option(help="MLflow tracking URI.")] = "sqlite:///mlruns.db",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 5000,
+    host: Annotated[str, typer.Option(help="Address to bind; the default is this machine only.")] = "127.0.0.1",
+) -> None:
+    """Open MLflow's page on what was tracked."""
+    from cl_lab.tracking import serve_ui
+
+    raise typer.Exit(serve_ui(uri, port, host))
+
+
+@app.command()
+def push(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of runs or comparisons.")],
+    uri: Annotated[str | None, typer.Option(help="MLflow tracking URI; default: the one in the run's config.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Send runs to MLflow that could not be sent when they ran."""
+    from cl_lab.comparison import rebuild
+    from cl_lab.tracking import push as push_folder
+
+    sent: list[str] = []
+    for folder in folders:
+        target = uri or rebuild(folder).tracking.uri
+        if target is None:
+            raise ConfigError(f"push: '{folder}' was run with tracking off; name a server with --uri")
+        sent += push_folder(folder, target)
+    if as_json:
+        _print_json({"pushed": sent})
+    else:
+        typer.echo(f"pushed {len(sent)} run{'s' if len(sent) != 1 else ''}")
+
+
+@app.command()
+def fetch(
+    scenario: Annotated[str, typer.Argument(help="Scenario whose data to download.")],
+    data_dir: Annotated[Path | None, typer.Option(help="Where to; default the user's cache folder.")] = None,
+) -> None:
+    """Download a scenario's data set (through torchvision) to where runs look for it."""
+    from cl_lab import registry
+
+    cls, _ = registry.load("scenarios", scenario)
+    fetcher = getattr(cls, "fetch", None)
+    if fetcher is None:
+        raise ConfigError(
+            f"fetch: scenario '{scenario}' has nothing to download; its data is built in or made by Avalanche"
+        )
+    typer.echo(f"{scenario}: {fetcher(data_dir)}")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: packages, plug-ins, cores, GPU, data sets."""
+    from cl_lab.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json(findings)
+    else:
+        for f in findings["checks"]:
+            typer.echo(f"{'ok  ' if f['ok'] else 'FAIL' if f['needed'] else 'note'}  {f['name']}: {f['detail']}")
+    if any(f["needed"] and not f["ok"] for f in findings["checks"]):
+        raise typer.Exit(2)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="loop, online, resnet, fisher or startup.")],
+    threads: Annotated[list[int] | None, typer.Option(help="Thread counts to measure; default 1 and 2.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions; the median is reported.")] = 3,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Measure our loop against Avalanche's and a bare torch loop, in the same run."""
+    from cl_lab import bench as benchmarks
+
+    _use_data_dir(data_dir)
+    rows = benchmarks.run(name, threads or [1, 2], repeats)
+    if as_json:
+        _print_json({"rows": rows})
+        return
+    from rich.table import Table
+
+    columns = list(rows[0])
+    table = Table(*columns, title=f"bench {name}", title_justify="left")
+    for row in rows:
+        table.add_row(*(f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+    _console().print(table)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: runs the command, and turns what the user can mend into one line and exit code 2."""
+    debug = "--debug" in sys.argv[1:]
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    from cl_lab.display import configure_logging
+
+    configure_logging()
+    if "--json" in arguments:
+        _keep_stdout()
+    try:
+        app(arguments, prog_name="cl-lab")
+    except (UserError, Interrupted, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            print("stopped", file=sys.stderr)  # noqa: T201
+            sys.exit(130)
+        print(f"error: {error}" if isinstance(error, UserError) else str(error), file=sys.stderr)  # noqa: T201
+        sys.exit({"SIGINT": 130, "SIGTERM": 143}.get(getattr(error, "signal_name", ""), 2))
+
+
+def _settings(path: Path, overrides: list[str] | None, out: Path | None, data_dir: Path | None) -> tuple[Any, Path]:
+    from cl_lab.config import read
+
+    _use_data_dir(data_dir)
+    settings = read(path, overrides or [])
+    return settings, out or Path(settings.out or f"runs/{path.stem}")
+
+
+def _use_data_dir(data_dir: Path | None) -> None:
+    if data_dir is None:
+        return
+    if not data_dir.is_dir():
+        raise ConfigError(f"--data-dir '{data_dir}': no such folder")
+    os.environ["CL_LAB_DATA"] = str(data_dir.resolve())  # ranks and workers inherit it
+
+
+def _contract(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What scripts may lean on, first; then the rest of ``run.json``."""
+    first = ("scenario", "strategy", "seed", "initial", "matrix", "metrics", "cost", "run_id", "path")
+    return {k: document[k] for k in first} | {k: v for k, v in document.items() if k not in first}
+
+
+def _run_table(document: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    columns = [f"exp {e['index']}" for e in document["experiences"]]
+    title = f"{document['label']} on {document['scenario']}, seed {document['seed']}: accuracy on each experience's test set"
+    table = Table("after", *columns, title=title, title_justify="left")
+    for name, row in [("(start)", document["initial"]), *((f"exp {i}", r) for i, r in enumerate(document["matrix"]))]:
+        table.add_row(name, *(f"{v:.4f}" for v in row))
+    shown = ("average_accuracy", "forgetting", "bwt", "fwt", "learning_accuracy")
+    table.caption = "   ".join(f"{k} {v:.4f}" for k in shown if (v := document["metrics"].get(k)) is not None)
+    return table
+
+
+def _show_metric(name: str, as_json: bool) -> None:
+    import inspect
+
+    from cl_lab import metrics, registry
+
+    if name not in registry.names("metrics"):
+        raise ConfigError(f"unknown metric '{name}'{nearest(name, registry.names('metrics'))}")
+    text = inspect.getdoc(getattr(metrics, name)) or ""
+    if as_json:
+        _print_json({"name": name, "doc": text, "knobs": []})
+    else:
+        typer.echo(text)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # A pipe has no width; wide enough that no cell of a table is cut.
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+_document_descriptor: int | None = None
+
+
+def _keep_stdout() -> None:
+    """Set the real stdout aside for the JSON document; whatever else is printed, by third parties too, goes to stderr."""
+    global _document_descriptor
+    sys.stdout.flush()
+    _document_descriptor = os.dup(1)
+    os.dup2(2, 1)
+
+
+def _print_json(document: Any) -> None:
+    text = json.dumps(document) + "\n"
+    if _document_descriptor is None:  # called as a library, by a test runner for example
+        sys.stdout.write(text)
+        return
+    with os.fdopen(os.dup(_document_descriptor), "w", encoding="utf-8") as stdout:
+        stdout.write(text)

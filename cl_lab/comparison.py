@@ -1,0 +1,197 @@
+"""Strategies × seeds on one stream: run them, bring them together, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from cl_lab import environment, experiment
+from cl_lab.config import RunConfig, StrategyConfig, dump, label_of, parse
+from cl_lab.display import StepProgress, configure_logging
+from cl_lab.errors import ConfigError, Interrupted, UserError
+
+log = logging.getLogger("cl_lab")
+
+COMPARISON_FILE = "comparison.json"
+
+
+def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = False) -> dict[str, Any]:
+    """Run ``config.strategies`` × ``config.seeds`` in ``folder``; returns the document of ``comparison.json``.
+
+    Runs that failed are listed with their error and the others go on. With ``resume``, finished runs are kept and
+    unfinished ones continued. ``jobs`` runs go on at once, each with its share of the cores.
+    """
+    from cl_lab.files import write_atomically
+    from cl_lab.reporting import write_report
+    from cl_lab.tracking import Tracker
+
+    strategies = config.strategies or ([config.strategy] if config.strategy else None)
+    if not strategies:
+        raise ConfigError(
+            "strategies: missing; list what to compare, for example strategies: [naive, ewc, replay, joint]"
+        )
+    seeds = config.seeds if config.seeds is not None else [config.seed]
+    labels = _labels(strategies)
+    _check_plugins(config, strategies)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", dump(config))
+        threads = environment.threads_for(jobs * config.engine.processes, config.engine.threads)
+        write_atomically(folder / "environment.json", json.dumps(environment.snapshot(threads), indent=1))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to output folder '{folder}': {error.strerror}; choose another with --out"
+        ) from error
+    tracker = Tracker.open(config.tracking.uri, config.tracking.experiment, name=folder.name)
+    parent = tracker.start_run(folder, config=config.model_dump(mode="json", exclude={"out"}), fresh=not resume)
+    plan = [
+        _Job(
+            _single(config, strategy, seed, threads),
+            folder / "runs" / f"{_slug(label)}-seed{seed}",
+            label,
+            parent,
+            resume,
+        )
+        for seed in seeds  # all strategies of a seed one after the other: they share the stream in memory
+        for strategy, label in zip(strategies, labels, strict=True)
+    ]
+    documents = _run_all(plan, jobs)
+    comparison = assemble(config.scenario.name, folder, labels, documents)
+    write_atomically(folder / COMPARISON_FILE, json.dumps(comparison, indent=1))
+    write_report(comparison, folder)
+    tracker.finish()
+    return comparison
+
+
+def assemble(scenario: str, folder: Path, labels: Sequence[str], documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The comparison's document from those of its runs; where ``joint`` was run, metrics against it are added."""
+    from cl_lab.metrics import interval, summary
+
+    ideal = {d["seed"]: d["matrix"][-1] for d in documents if d["strategy"] == "joint" and d["status"] == "finished"}
+    rows = []
+    for label in labels:
+        runs = [d for d in documents if d["label"] == label]
+        for d in runs:
+            if d["status"] == "finished" and d["seed"] in ideal:
+                tests = [e["test_samples"] for e in d["experiences"]]
+                against = summary(d["matrix"], d["initial"], test_samples=tests, joint=ideal[d["seed"]])
+                d["metrics"] = against | d["metrics"]
+        good = [d for d in runs if d["status"] == "finished"]
+        rows.append(
+            {
+                "strategy": label,
+                "seeds": [d["seed"] for d in runs],
+                "reference": any(d["reference"] for d in runs),
+                "metrics": {k: interval(v) for k, v in _columns([d["metrics"] for d in good]).items()},
+                "cost": {k: interval(v) for k, v in _columns([d["cost"] for d in good]).items()},
+                "runs": runs,
+            }
+        )
+    experiences: list[dict[str, Any]] = next((d["experiences"] for d in documents if d["experiences"]), [])
+    outputs = {c for e in experiences for c in e["classes"]}
+    return {"scenario": scenario, "path": str(folder), "chance": 1 / len(outputs) if outputs else None, "rows": rows}
+
+
+class _Job:
+    """One run of a comparison; travels to a worker process."""
+
+    def __init__(self, config: RunConfig, folder: Path, label: str, parent: str | None, resume: bool) -> None:
+        self.config, self.folder, self.label, self.parent, self.resume = config, folder, label, parent, resume
+
+    def __call__(self, prefix: str) -> dict[str, Any]:
+        progress = StepProgress(prefix)
+        try:
+            with progress:
+                return experiment.run(
+                    self.config,
+                    self.folder,
+                    resume=self.resume,
+                    label=self.label,
+                    observer=progress,
+                    parent=self.parent,
+                )
+        except UserError as error:
+            document = experiment.read_document(self.folder)
+            if document is None:  # nothing was begun: a mistake in the configuration, the same for every seed
+                raise
+            log.warning("%s seed %d failed: %s", self.label, self.config.seed, error)
+            return document
+
+
+def _run_all(plan: list[_Job], jobs: int) -> list[dict[str, Any]]:
+    prefixes = [f"[{i + 1}/{len(plan)}] {job.label} seed {job.config.seed}: " for i, job in enumerate(plan)]
+    if jobs == 1:
+        return [job(prefix) for job, prefix in zip(plan, prefixes, strict=True)]
+    documents: dict[int, dict[str, Any]] = {}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet_worker) as pool:
+        waiting: dict[Future[dict[str, Any]], int] = {
+            pool.submit(job, p): i for i, (job, p) in enumerate(zip(plan, prefixes, strict=True))
+        }
+        try:
+            for future in as_completed(waiting):
+                i = waiting[future]
+                documents[i] = future.result()
+                accuracy = documents[i]["metrics"].get("average_accuracy")
+                shown = "" if accuracy is None else f", average accuracy {accuracy:.4f}"
+                log.info("%s%s%s", prefixes[i], documents[i]["status"], shown)
+        except (UserError, Interrupted, KeyboardInterrupt):
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [documents[i] for i in range(len(plan))]
+
+
+def _quiet_worker() -> None:
+    configure_logging(logging.WARNING)
+
+
+def _single(config: RunConfig, strategy: StrategyConfig, seed: int, threads: int) -> RunConfig:
+    engine = config.engine.model_copy(update={"threads": threads})
+    update = {"strategy": strategy, "strategies": None, "seed": seed, "seeds": None, "engine": engine, "out": None}
+    return config.model_copy(update=update)
+
+
+def _labels(strategies: Sequence[StrategyConfig]) -> list[str]:
+    labels = [label_of(s, strategies) for s in strategies]
+    twice = next((name for name in labels if labels.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"strategies: '{twice}' stands twice; remove one, or tell them apart with label: …")
+    return labels
+
+
+def _check_plugins(config: RunConfig, strategies: Sequence[StrategyConfig]) -> None:
+    """Validate every strategy, the model and the scenario before the first run spends an hour."""
+    from cl_lab import registry
+
+    for i, strategy in enumerate(strategies):
+        for link in strategy.links:
+            registry.create("strategies", {"name": link.name, **link.knobs}, f"strategies.{i}")
+    registry.create("models", {"name": config.model.name, **config.model.knobs}, "model")
+    registry.create("scenarios", {"name": config.scenario.name, **config.scenario.knobs}, "scenario")
+
+
+def _columns(documents: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Values by key over runs, for keys that every run has a number for."""
+    keys = documents[0] if documents else {}
+    return {k: [d[k] for d in documents] for k in keys if all(d.get(k) is not None for d in documents)}
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+=-]+", "-", label).strip("-") or "strategy"
+
+
+def rebuild(folder: Path) -> RunConfig:
+    """The configuration saved with a run or comparison."""
+    import yaml
+
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"'{folder}' holds no run: config.yaml is missing; name a folder that cl-lab run or compare wrote"
+        )
+    return parse(yaml.safe_load(path.read_text()), str(path))

@@ -1,0 +1,388 @@
+"""One run: from a configuration to a folder that holds everything that came of it.
+
+The folder is the truth: resolved configuration, environment, score matrix so far, checkpoints. MLflow is fed from it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cl_lab import environment, registry
+from cl_lab.config import PluginConfig, RunConfig, StrategyConfig, dump, label_of, parse
+from cl_lab.errors import ConfigError, Interrupted, UserError
+from cl_lab.launch import is_rank, run_ranks, stop_on_signals, world_size
+
+log = logging.getLogger("cl_lab")
+
+RUN_FILE = "run.json"
+_COMPARED = ("scenario", "model", "strategy", "training", "evaluation", "seed")
+"""What must be equal for a run to be resumed; engine, tracking and output folder may differ."""
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    label: str | None = None,
+    observer: Any = None,
+    parent: str | None = None,
+    opened: bool = False,
+) -> dict[str, Any]:
+    """Run ``config.strategy`` with ``config.seed`` in ``folder``; returns the document of ``run.json``.
+
+    ``resume`` continues from the newest whole checkpoint, or starts anew where there is none. ``parent`` is the MLflow
+    run under which this one appears; ``opened`` says that the folder has been made ready. Starts its own ranks where
+    ``engine.processes`` asks for several and no launcher has. Raises :class:`UserError` for everything the user can mend,
+    and :class:`Interrupted` after a signal; the folder then says so.
+    """
+    if config.strategy is None:
+        raise ConfigError("strategy: missing; name one in the file, or add strategy=naive (cl-lab list strategies)")
+    label = label or label_of(config.strategy)
+    leader = int(os.environ.get("RANK", "0")) == 0
+    if leader and not opened:
+        _open_folder(folder, config, resume)
+    if (config.engine.processes > 1 or config.engine.deepspeed) and not is_rank():  # DeepSpeed wants a process group
+        return _run_in_ranks(config, folder, resume, label, parent)
+    if is_rank() and config.engine.processes == 1 and world_size() > 1:
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"processes": world_size()})})
+    finished = read_document(folder) if resume else None
+    if finished is not None and finished["status"] == "finished":
+        log.info("%s is finished already; nothing to resume", folder)
+        return finished
+    return _Run(config, folder, label, observer, parent, leader, resume).execute()
+
+
+def read_document(folder: Path) -> dict[str, Any] | None:
+    """The document in ``run.json``, or ``None`` where there is none. Raises :class:`UserError` where it is damaged."""
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        document: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); delete it and use --resume to rebuild it") from error
+    return document
+
+
+class _Run:
+    """The life of one run in one process (or one rank)."""
+
+    def __init__(
+        self, config: RunConfig, folder: Path, label: str, observer: Any, parent: str | None, leader: bool, resume: bool
+    ) -> None:
+        assert config.strategy is not None
+        self.config, self.folder, self.leader, self.resume = config, folder, leader, resume
+        self.strategy = config.strategy
+        self.parent = parent
+        self.observer = observer
+        self.tracker: Any = None
+        self._sent: set[str] = set()
+        before = (read_document(folder) or {}) if resume else {}
+        self.document: dict[str, Any] = {
+            "scenario": config.scenario.name,
+            "strategy": self.strategy.name,
+            "label": label,
+            "seed": config.seed,
+            "status": "running",
+            "resumed": before.get("resumed", 0),
+            "reference": False,
+            "initial": [],
+            "matrix": [],
+            "metrics": {},
+            "cost": {},
+            "run_id": before.get("run_id", ""),
+            "path": str(folder),
+            "experiences": [],
+            "anytime": [],
+            "losses": [],
+            "fingerprint": "",
+            "error": None,
+            "started": before.get("started", _now()),
+            "finished": None,
+        }
+
+    def execute(self) -> dict[str, Any]:
+        try:
+            self._track()
+            trainer = self._build()
+            with stop_on_signals() as stop:
+                trainer.stop = stop
+                record = trainer.run()
+            trainer.learner.close()
+            self._note(record)
+            self._finish("finished")
+        except Interrupted as error:
+            self._finish("interrupted", str(error))
+            raise
+        except BaseException as error:
+            self._finish("failed", str(error) or type(error).__name__)
+            raise
+        return dict(_finite(self.document))
+
+    def _track(self) -> None:
+        from cl_lab.tracking import Tracker
+
+        if not self.leader:
+            return
+        t = self.config.tracking
+        name = f"{self.document['label']} seed {self.config.seed}"
+        self.tracker = Tracker.open(t.uri, t.experiment, parent=self.parent, name=name)
+        run_id = self.tracker.start_run(
+            self.folder,
+            config=self.config.model_dump(mode="json", exclude={"strategies", "seeds", "out"}),
+            resumed=self.document["resumed"],
+            fresh=not self.resume,
+        )
+        self.document["run_id"] = run_id or self.document["run_id"] or self.folder.name
+        self._write()
+
+    def _build(self) -> Any:
+        import torch
+
+        from cl_lab import checkpoint, seeding
+        from cl_lab.chain import Chain
+        from cl_lab.learner import EngineLearner
+        from cl_lab.trainer import Trainer
+
+        c = self.config
+        torch.set_num_threads(environment.threads_for(c.engine.processes, c.engine.threads))
+        stream = stream_of(c.scenario, c.seed)
+        if stream.online and c.training.iterations is None and c.training.epochs > 1:
+            raise ConfigError(
+                f"training.epochs = {c.training.epochs}: an online stream shows each sample once; set it to 1"
+            )
+        links = [
+            registry.create("strategies", {"name": s.name, **s.knobs}, _path(self.strategy, i))
+            for i, s in enumerate(self.strategy.links)
+        ]
+        chain = Chain(links, [s.name for s in self.strategy.links], stream)
+        seeding.seed_everything(seeding.derive(c.seed, "model"))
+        spec = registry.create("models", {"name": c.model.name, **c.model.knobs}, "model")
+        model = chain.prepare(spec.build(stream), stream)
+        learner = EngineLearner(model, stream, c.training, c.engine, c.seed)
+        if learner.rank:  # the weights are equal, dropout masks should not be
+            seeding.seed_everything(seeding.derive(c.seed, "rank", learner.rank))
+        self.document |= {
+            "reference": chain.reference,
+            "fingerprint": stream.fingerprint(),
+            "experiences": [
+                {
+                    "index": e.index,
+                    "name": e.name,
+                    "classes": list(e.classes),
+                    "train_samples": len(e.train),
+                    "test_samples": len(e.test),
+                }
+                for e in stream.experiences
+            ],
+        }
+        folder = self.folder / "checkpoints"
+        trainer = Trainer(stream, learner, chain, c, c.seed, observer=self, checkpoints=folder)
+        if self.resume:
+            found = checkpoint.load_newest(folder)
+            if found is None:
+                log.info("no checkpoint in %s yet; starting from the beginning", folder)
+            else:
+                self.document["resumed"] += 1
+                trainer.load_state_dict(found[0])
+                log.info("resuming from %s", found[1])
+                if self.leader:
+                    self._write()
+        return trainer
+
+    # --- observing the trainer ------------------------------------------------------------------------------------
+
+    def started(self, total_steps: int, done_steps: int) -> None:
+        if self.observer is not None and self.leader:
+            self.observer.started(total_steps, done_steps)
+
+    def stepped(self, experience: Any, step: int, loss: float | None) -> None:
+        if self.observer is not None and self.leader:
+            self.observer.stepped(experience, step, loss)
+
+    def scored(self, record: Any) -> None:
+        if not self.leader:
+            return
+        self._note(record)
+        self._write()
+        if self.observer is not None:
+            self.observer.scored(record)
+        if self.tracker is not None:
+            rows = len(record.matrix)
+            if rows:
+                self.tracker.log_row(rows - 1, record.matrix[-1])
+                for point in record.losses:
+                    if point["experience"] == rows - 1:
+                        self.tracker.log_metrics({"loss": point["loss"]}, step=point["step"])
+
+    def _note(self, record: Any) -> None:
+        from cl_lab.metrics import summary
+
+        self.document |= {
+            "initial": record.initial,
+            "matrix": record.matrix,
+            "anytime": record.anytime,
+            "losses": record.losses,
+            "cost": record.cost(),
+        }
+        if record.matrix:
+            tests = [e["test_samples"] for e in self.document["experiences"]]
+            self.document["metrics"] = summary(
+                record.matrix, record.initial, test_samples=tests, anytime=_complete(record.anytime, len(tests))
+            )
+
+    def _finish(self, status: str, error: str | None = None) -> None:
+        if not self.leader:
+            return
+        self.document |= {"status": status, "error": error, "finished": _now()}
+        self._write()
+        if self.tracker is not None:
+            self.tracker.finish()
+
+    def _write(self) -> None:
+        from cl_lab.files import write_atomically
+
+        try:
+            write_atomically(self.folder / RUN_FILE, json.dumps(_finite(self.document), indent=1))
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.folder / RUN_FILE}: {error.strerror}; free space or choose another --out"
+            ) from error
+
+
+def _complete(anytime: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:
+    """Anytime records hold the experiences seen so far; the metrics want a place for every one."""
+    return [{**a, "accuracies": a["accuracies"] + [0.0] * (length - len(a["accuracies"]))} for a in anytime]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity; ``None`` stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _path(strategy: StrategyConfig, index: int) -> str:
+    return f"strategy.{index}" if strategy.chain else "strategy"
+
+
+def stream_of(scenario: PluginConfig, seed: int) -> Any:
+    """The stream of a scenario for a seed. The last few are kept, so that ten strategies read the data once."""
+    return _stream(json.dumps({"name": scenario.name, **scenario.knobs}, sort_keys=True), seed)
+
+
+@lru_cache(maxsize=2)
+def _stream(scenario: str, seed: int) -> Any:
+    return registry.create("scenarios", json.loads(scenario), "scenario").stream(seed)
+
+
+def _open_folder(folder: Path, config: RunConfig, resume: bool) -> None:
+    from cl_lab.files import write_atomically
+
+    try:
+        before = folder / "config.yaml"
+        if folder.exists() and not resume and before.exists():
+            aside = _free_name(folder)
+            folder.rename(aside)
+            log.warning("%s held an earlier run; it is kept as %s (use --resume to continue a run)", folder, aside.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume and before.exists():
+            _same_experiment(before, config)
+        write_atomically(before, dump(config))
+        threads = environment.threads_for(config.engine.processes, config.engine.threads)
+        write_atomically(folder / "environment.json", json.dumps(environment.snapshot(threads), indent=1))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to output folder '{folder}': {error.strerror}; choose another with --out"
+        ) from error
+
+
+def _free_name(folder: Path) -> Path:
+    n = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{n}")).exists():
+        n += 1
+    return aside
+
+
+def _same_experiment(path: Path, config: RunConfig) -> None:
+    import yaml
+
+    old = parse(yaml.safe_load(path.read_text()), str(path))
+    for name in _COMPARED:
+        if getattr(old, name) != getattr(config, name):
+            raise ConfigError(
+                f"--resume: '{name}' differs from the run in {path.parent} ({getattr(old, name)!r} there, "
+                f"{getattr(config, name)!r} now); give the old settings, or another --out"
+            )
+
+
+def _run_in_ranks(config: RunConfig, folder: Path, resume: bool, label: str, parent: str | None) -> dict[str, Any]:
+    from cl_lab.files import write_atomically
+
+    job = {"folder": str(folder), "resume": resume, "label": label, "parent": parent, "config": dump(config)}
+    write_atomically(folder / "job.json", json.dumps(job))
+    code = run_ranks("cl_lab.rank", [str(folder / "job.json")], config.engine.processes, config.engine.threads)
+    document = read_document(folder)
+    if document is None or (code and document["status"] in ("running", "finished")):
+        raise UserError(
+            f"a rank ended with code {code} (of {config.engine.processes} in {folder}); its message is above; "
+            "continue with --resume"
+        )
+    if document["status"] == "interrupted":
+        raise Interrupted("a signal", str(folder))
+    if document["status"] == "failed":
+        raise UserError(str(document["error"]))
+    return document
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def main_rank(job_file: str) -> int:
+    """The body of one rank that :func:`run` has started; returns its exit code."""
+    import yaml
+
+    from cl_lab.display import StepProgress, configure_logging
+
+    configure_logging(logging.INFO if os.environ["RANK"] == "0" else logging.ERROR)
+    job = json.loads(Path(job_file).read_text())
+    config = parse(yaml.safe_load(job["config"]), job_file)
+    progress = StepProgress() if os.environ["RANK"] == "0" else None
+    try:
+        with progress or _Nothing():
+            run(
+                config,
+                Path(job["folder"]),
+                resume=job["resume"],
+                label=job["label"],
+                observer=progress,
+                parent=job["parent"],
+                opened=True,
+            )
+    except (UserError, Interrupted) as error:
+        if os.environ["RANK"] != "0":
+            print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None

@@ -1,0 +1,572 @@
+"""The learner: a model, its optimiser and the engine that runs them, behind one narrow view.
+
+Accelerate is the one abstraction of the engine: plain torch, DDP, and DeepSpeed ZeRO 0–3 give the same parameters,
+gradients and state by name. An engine is built when training begins and built again when its set of trainable
+parameters changes or a fresh optimiser is wanted, because DDP and DeepSpeed fix that set when they wrap the model.
+State leaves and enters as full tensors by parameter name, so a checkpoint fits every engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl_lab.config import EngineConfig, TrainingConfig
+from cl_lab.errors import ConfigError, TrainingError
+from cl_lab.models import Classifier, GrowingHead
+from cl_lab.records import Batch, State, Stream, TensorData
+from cl_lab.seeding import generator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_OPTIMIZER_KEYS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+
+
+def accelerator_for(engine: EngineConfig, training: TrainingConfig) -> Accelerator:
+    """The Accelerator of a run; ranks find each other by the usual environment (``RANK``, ``WORLD_SIZE``, …).
+
+    On a CPU machine DeepSpeed is only real with an explicit gloo back-end and without ``cpu=True`` (with it, Accelerate
+    silently runs plain DDP), so what came out is checked against what was asked for.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # import-time chatter of third parties; nothing here warns about a run
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState, GradientState
+        from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+        cuda = torch.cuda.is_available() and engine.device != "cpu"
+        if engine.device == "cuda" and not cuda:
+            raise ConfigError(
+                "engine.device = 'cuda': torch sees no GPU on this machine; use engine.device=cpu or auto"
+            )
+        # Runs of one process (a comparison) may ask for different engines; Accelerate keeps the first one's settings.
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        handlers = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")] if many or engine.deepspeed else []
+        if engine.deepspeed:
+            plugin = _deepspeed_plugin(engine, training)
+            accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
+            if accelerator.distributed_type != DistributedType.DEEPSPEED:
+                raise TrainingError(
+                    f"asked for DeepSpeed ZeRO {engine.zero} but Accelerate runs {accelerator.distributed_type}; "
+                    "unset ACCELERATE_* variables or set engine.kind=torch"
+                )
+        else:
+            accelerator = Accelerator(cpu=not cuda, mixed_precision="no", kwargs_handlers=handlers)
+    if accelerator.num_processes != engine.processes:
+        raise ConfigError(
+            f"engine.processes = {engine.processes}, but the launcher started {accelerator.num_processes}; make them equal"
+        )
+    return accelerator
+
+
+def _deepspeed_plugin(engine: EngineConfig, training: TrainingConfig) -> Any:
+    from accelerate.utils import DeepSpeedPlugin
+
+    settings: dict[str, Any] = {
+        # Batches are split by us; DeepSpeed only needs some number here to be satisfied.
+        "train_micro_batch_size_per_gpu": max(1, training.batch_size // (engine.processes * training.accumulate)),
+        "gradient_accumulation_steps": training.accumulate,
+        "zero_optimization": {"stage": engine.zero},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "gradient_clipping": training.clip_norm or 0.0,
+        "bf16": {"enabled": engine.precision == "bf16"},
+    }
+    return DeepSpeedPlugin(hf_ds_config=settings)
+
+
+@cache
+def warm_up(device: torch.device) -> None:
+    """One throw-away step, once per process: the first backward pass starts threads and libraries, which no run should
+    be charged for. Draws no random number."""
+    weight = torch.zeros(8, 8, device=device, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1, fused=True)
+    F.cross_entropy(
+        torch.ones(8, 8, device=device) @ weight, torch.zeros(8, dtype=torch.int64, device=device)
+    ).backward()
+    optimizer.step()
+
+
+def matching_modules(model: nn.Module, pattern: str) -> list[str]:
+    """Paths of the modules or parameters that ``pattern`` names, by structure.
+
+    A pattern is a dotted path whose segments may hold wildcards: ``backbone.layers.0``, ``backbone.layers.[0-3]``,
+    ``*.norm``. Segments are matched one to one, so ``layers.1`` never matches ``layers.10``.
+    """
+    wanted = pattern.split(".")
+    paths = [n for n, _ in model.named_modules() if n] + [n for n, _ in model.named_parameters()]
+    return [
+        path
+        for path in paths
+        if len(parts := path.split(".")) == len(wanted)
+        and all(fnmatch.fnmatchcase(p, w) for p, w in zip(parts, wanted, strict=True))
+    ]
+
+
+class EngineLearner:
+    """The :class:`~cl_lab.protocols.Learner` that the trainer drives; strategies only see the protocol.
+
+    ``model`` is a plain module called as ``model(x, t)``. Raises :class:`ConfigError` where the machine lacks what
+    ``engine`` asks for.
+    """
+
+    def __init__(
+        self, model: nn.Module, stream: Stream, training: TrainingConfig, engine: EngineConfig, seed: int
+    ) -> None:
+        self._training, self._engine, self._stream = training, engine, stream
+        self._accelerator = accelerator_for(engine, training)
+        self._rng = generator(seed, "strategy")
+        self._bf16 = engine.precision == "bf16"
+        # Where DeepSpeed keeps fp32 values and optimiser state apart from the module's own tensors.
+        self._apart = engine.deepspeed and engine.zero > 0
+        # DeepSpeed partitions a module in place; each engine gets a copy of this one.
+        self._template = model if not engine.deepspeed else copy.deepcopy(model)
+        self._plain = model
+        self._wrapped: Any = None
+        self._optimizer: Any = None
+        self._named: dict[str, nn.Parameter] = {}
+        self._frozen: set[str] = set()
+        self._frozen_modules: list[nn.Module] = []
+        self._patterns: list[str] = []
+        self._scale_shift = _normalisation(stream, self.device)
+        self._plain.to(self.device)
+        self._grows = isinstance(model, Classifier) and isinstance(model.head, GrowingHead)
+
+    # --- what strategies see ------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._accelerator.device)
+
+    @property
+    def rng(self) -> torch.Generator:
+        return self._rng
+
+    @property
+    def stream(self) -> Stream:
+        return self._stream
+
+    @property
+    def training_batch_size(self) -> int:
+        return self._training.batch_size
+
+    def prepare_input(self, x: Tensor) -> Tensor:
+        x = x.to(self.device)
+        if x.dtype == torch.uint8:
+            x = x.to(torch.float32).mul_(1 / 255)
+        if self._scale_shift is not None:
+            scale, shift = self._scale_shift
+            x = torch.addcmul(shift, x, scale)
+        return x
+
+    def forward(self, batch: Batch) -> Tensor:
+        model = self._plain if self._wrapped is None else self._wrapped
+        x = self.prepare_input(batch.x)
+        outputs: Tensor
+        if not self._bf16:
+            outputs = model(x, batch.t)
+        elif self._engine.deepspeed and self._wrapped is not None:
+            outputs = model(x.to(torch.bfloat16), batch.t)  # DeepSpeed holds the weights themselves in bf16
+        else:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                outputs = model(x, batch.t)
+        return outputs
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        if batch.weight is None:
+            return F.cross_entropy(outputs.float(), batch.y)
+        return self.average(F.cross_entropy(outputs.float(), batch.y, reduction="none"), batch)
+
+    def average(self, values: Tensor, batch: Batch) -> Tensor:
+        return values.mean() if batch.weight is None else (values * batch.weight).sum()
+
+    def parameters(self) -> dict[str, Tensor]:
+        if self._wrapped is None or not self._apart:
+            return {name: p.detach() for name, p in self._trainable()}
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(p) for name, p in self._trainable()}
+
+    @contextmanager
+    def gradients(self) -> Iterator[dict[str, Tensor]]:
+        if not self._engine.deepspeed:
+            yield {name: p.grad for name, p in self._trainable() if p.grad is not None}
+            return
+        from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
+
+        gradients = {name: safe_get_full_grad(p) for name, p in self._trainable()}
+        gradients = {name: g for name, g in gradients.items() if g is not None}
+        yield gradients
+        for name, p in self._trainable():
+            if name in gradients:
+                safe_set_full_grad(p, gradients[name])
+
+    def replica(self) -> nn.Module:
+        copied = copy.deepcopy(self._template)
+        copied.load_state_dict(self._full_weights())
+        for name, p in copied.named_parameters():
+            p.requires_grad_(name not in self._frozen)
+        return copied.to(self.device).eval()
+
+    def freeze(self, patterns: Sequence[str]) -> list[str]:
+        matched: set[str] = set()
+        for pattern in patterns:
+            paths = matching_modules(self._plain, pattern)
+            if not paths:
+                tree = ", ".join(n for n, _ in self._plain.named_modules() if n)
+                raise ConfigError(f"freeze: pattern '{pattern}' matches no module or parameter; the model has: {tree}")
+            matched |= {
+                name
+                for name, _ in self._plain.named_parameters()
+                for path in paths
+                if name == path or name.startswith(path + ".")
+            }
+        if not {name for name, _ in self._plain.named_parameters()} - self._frozen - matched:
+            raise ConfigError(f"freeze: {', '.join(patterns)} leaves no trainable parameter; freeze fewer modules")
+        self._patterns += [p for p in patterns if p not in self._patterns]
+        if not matched <= self._frozen:
+            self._frozen |= matched
+            rebuild = self._wrapped is not None
+            state = self._optimizer_state() if rebuild else {}
+            self._close()
+            if rebuild:
+                self._open(state)
+        return sorted(matched)
+
+    def reduce(self, value: Tensor) -> Tensor:
+        if self.world == 1:
+            return value
+        reduced: Tensor = self._accelerator.reduce(value, reduction="sum")
+        return reduced
+
+    def shard(self, data: TensorData) -> TensorData:
+        if self.world == 1:
+            return data
+        return TensorData(*(self.shard_rows(v) for v in (data.x, data.y, data.t)))
+
+    def shard_rows(self, values: Tensor) -> Tensor:
+        return values[self.rank :: self.world]
+
+    # --- what the trainer drives --------------------------------------------------------------------------------
+
+    @property
+    def world(self) -> int:
+        """How many ranks train together."""
+        return int(self._accelerator.num_processes)
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return int(self._accelerator.process_index)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of trainable scalars."""
+        return sum(math.prod(_full_shape(p)) for name, p in self._plain.named_parameters() if name not in self._frozen)
+
+    @property
+    def model(self) -> nn.Module:
+        """The module inside the engine."""
+        return self._plain
+
+    def begin(self, *, fresh: bool) -> None:
+        """Make ready to train; ``fresh`` starts with an empty optimiser."""
+        if self._wrapped is not None and not fresh:
+            return
+        if self._wrapped is not None and not self._engine.deepspeed:
+            # The wrapped model may stay; only the optimiser starts anew.
+            self._optimizer = self._make_optimizer()
+            return
+        self._close()
+        self._open({})
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the next step."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def observe(self, classes: Sequence[int]) -> None:
+        """Tell a growing head which classes are about to be learnt."""
+        for model in {self._plain, self._template}:
+            if isinstance(model, Classifier):
+                model.observe(classes)
+
+    def observe_labels(self, y: Tensor) -> None:
+        """The same from the labels of a batch, where boundaries are hidden; free for heads that do not grow."""
+        if self._grows:
+            self.observe(y.unique().tolist())
+
+    def train_mode(self) -> None:
+        """Training mode, with frozen modules' running statistics kept as they are."""
+        model = self._wrapped if self._wrapped is not None else self._plain
+        model.train()
+        for module in self._frozen_modules:
+            module.eval()
+
+    def rows(self, batch: Batch) -> Batch:
+        """This rank's rows of a global batch, weighted so that the average over ranks is the global loss."""
+        if self.world == 1:
+            return batch
+        n = len(batch)
+        index = torch.arange(self.rank, n, self.world)
+        weight = batch.weight if batch.weight is not None else torch.full((n,), 1 / n)
+        empty = len(index) == 0
+        if empty:  # fewer rows than ranks: take part in the collectives with a row that weighs nothing
+            index = torch.zeros(1, dtype=torch.int64)
+        return batch.rows(index, weight[index] * (0.0 if empty else float(self.world)))
+
+    def pieces(self, batch: Batch) -> list[Batch]:
+        """The batch cut into ``training.accumulate`` pieces whose losses add up to the whole batch's."""
+        k = min(self._training.accumulate, len(batch))
+        if self._training.accumulate == 1:
+            return [batch]
+        weight = batch.weight if batch.weight is not None else torch.full((len(batch),), 1 / len(batch))
+        made = [batch.rows(index, weight[index]) for index in torch.arange(len(batch)).tensor_split(k)]
+        while len(made) < self._training.accumulate:  # DeepSpeed counts pieces; an extra one weighs nothing
+            made.append(batch.rows(torch.zeros(1, dtype=torch.int64), torch.zeros(1)))
+        return made
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of one piece; ``last`` is the piece after which the optimiser steps."""
+        if self._engine.deepspeed:
+            self._wrapped.set_gradient_accumulation_boundary(last)
+            self._wrapped.backward(loss, scale_wrt_gas=False)
+            return
+        with nullcontext() if last or self.world == 1 else self._wrapped.no_sync():
+            loss.backward()
+
+    def step(self) -> None:
+        """Clip where asked, step the optimiser, clear the gradients."""
+        if self._engine.deepspeed:
+            self._wrapped.step()
+            return
+        if self._training.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_([p for _, p in self._trainable()], self._training.clip_norm)
+        self._optimizer.step()
+        for p in self._named.values():
+            p.grad = None
+
+    @torch.no_grad()
+    def accuracy(self, data: TensorData, batch_size: int) -> float:
+        """Share of ``data`` whose highest logit is the label, in evaluation mode, over all ranks."""
+        model = self._plain if self._wrapped is None else self._wrapped
+        model.eval()
+        n = len(data)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        # Every rank runs the same number of batches: ZeRO 3 gathers parameters in each of them.
+        for start in range(0, n, batch_size * self.world):
+            lo = min(start + self.rank * batch_size, n)
+            hi = min(lo + batch_size, n)
+            rows = slice(lo, hi) if hi > lo else slice(0, 1)
+            batch = Batch(data.x[rows], data.y[rows], data.t[rows], 0).to(self.device)
+            hits = (self.forward(batch).argmax(dim=1) == batch.y).sum()
+            correct += hits if hi > lo else 0
+        return int(self.reduce(correct)) / n
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter and buffer by name, full, on the CPU."""
+        return self._full_weights()
+
+    def set_weights(self, weights: State) -> None:
+        """Take over what :meth:`weights` gave; the optimiser starts anew."""
+        was_open = self._wrapped is not None
+        self._close()
+        self._template.load_state_dict(weights)
+        self._plain.load_state_dict(weights)
+        if was_open:
+            self._open({})
+
+    def state_dict(self) -> State:
+        """Weights, optimiser state, frozen set and strategy generator: full tensors by name, for any engine."""
+        state: State = {
+            "weights": dict(self._full_weights()),
+            "optimizer": self._optimizer_state() if self._wrapped is not None else None,
+            "frozen": list(self._patterns),
+            "rng": self._rng.get_state(),
+        }
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore what :meth:`state_dict` gave, on this engine."""
+        weights, optimizer, frozen, rng = (state[k] for k in ("weights", "optimizer", "frozen", "rng"))
+        assert isinstance(weights, dict)
+        assert isinstance(frozen, list)
+        assert isinstance(rng, Tensor)
+        self._close()
+        self.set_weights(weights)
+        self._rng.set_state(rng)
+        if frozen:
+            self.freeze([str(p) for p in frozen])
+        if optimizer is not None:
+            assert isinstance(optimizer, dict)
+            self._open(optimizer)
+
+    def close(self) -> None:
+        """Leave the engine; :attr:`model` is a plain module with the final weights afterwards."""
+        self._close()
+
+    # --- the engine ---------------------------------------------------------------------------------------------
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._named.items())
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        t = self._training
+        parameters = [p for n, p in self._plain.named_parameters() if n not in self._frozen]
+        if not parameters:
+            raise TrainingError("the model has no trainable parameter; freeze fewer modules")
+        fused = not self._engine.deepspeed  # one pass over memory instead of one per operation, also on CPU
+        if t.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay, fused=fused)
+        kind = torch.optim.Adam if t.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=fused)
+
+    def _open(self, optimizer_state: State) -> None:
+        if self._engine.deepspeed:
+            self._plain = copy.deepcopy(self._template).to(self.device)
+        for name, p in self._plain.named_parameters():
+            p.requires_grad_(name not in self._frozen)
+        self._frozen_modules = [
+            m
+            for n, m in self._plain.named_modules()
+            if n
+            and (inside := [p for p, _ in self._plain.named_parameters() if p.startswith(n + ".")])
+            and all(p in self._frozen for p in inside)
+        ]
+        optimizer = self._make_optimizer()
+        if not self._engine.deepspeed:
+            self._wrapped = self._accelerator.prepare_model(self._plain)
+            self._optimizer = optimizer
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # DeepSpeed's own deprecations
+                self._wrapped, self._optimizer = self._accelerator.prepare(self._plain, optimizer)
+            self._check_sharding()
+        self._named = {n: p for n, p in self._plain.named_parameters() if n not in self._frozen}
+        self._load_optimizer_state(optimizer_state)
+
+    def _check_sharding(self) -> None:
+        stage = self._wrapped.zero_optimization_stage()
+        if stage != self._engine.zero:
+            raise TrainingError(f"asked for ZeRO {self._engine.zero} but DeepSpeed runs stage {stage}")
+        if stage == 3 and self.world > 1:
+            p = next(p for p in self._wrapped.module.parameters() if p.requires_grad)
+            if p.ds_tensor.numel() >= p.ds_numel:
+                raise TrainingError("asked for ZeRO 3 but parameters are not partitioned over the ranks")
+
+    def _close(self) -> None:
+        if self._wrapped is None:
+            return
+        if self._engine.deepspeed:
+            self._template.load_state_dict(self._full_weights())
+            self._wrapped.destroy()
+            self._accelerator.free_memory()
+            self._plain = copy.deepcopy(self._template).to(self.device)
+        else:
+            self._accelerator._models.clear()
+            for p in self._plain.parameters():
+                p.grad = None
+        self._wrapped = self._optimizer = None
+        self._named = {}
+
+    def _full_weights(self) -> dict[str, Tensor]:
+        """Every parameter and buffer, full and on the CPU, in fp32 where the engine keeps that copy."""
+        if self._wrapped is None or not self._apart:
+            return {n: v.detach().cpu().clone() for n, v in self._plain.state_dict().items()}
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self._engine.zero < 3:
+            weights = {n: v.detach().cpu().clone() for n, v in self._plain.state_dict().items()}
+        else:
+            with GatheredParameters(list(self._plain.parameters()), modifier_rank=None):
+                weights = {n: v.detach().cpu().clone() for n, v in self._plain.state_dict().items()}
+        for name, p in self._trainable():
+            full = safe_get_full_fp32_param(p)
+            if full is not None:
+                weights[name] = full.detach().cpu().clone()
+        return weights
+
+    def _optimizer_state(self) -> State:
+        if not self._apart:
+            inner = self._optimizer if not self._engine.deepspeed else self._optimizer.optimizer
+            return {
+                name: {k: v.detach().cpu().clone() for k, v in inner.state[p].items() if isinstance(v, Tensor)}
+                for name, p in self._trainable()
+                if p in inner.state
+            }
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        inner = self._wrapped.optimizer.optimizer
+        held = {k for entry in inner.state.values() for k in entry}
+        steps = [float(entry["step"]) for entry in inner.state.values() if "step" in entry]
+        state: State = {}
+        for name, p in self._trainable():
+            entry: State = {}
+            for key in _OPTIMIZER_KEYS:
+                if key in held:
+                    entry[key] = safe_get_full_optimizer_state(p, key).detach().cpu().clone()
+            if steps:
+                entry["step"] = torch.tensor(steps[0])
+            state[name] = entry
+        return state
+
+    def _load_optimizer_state(self, state: State) -> None:
+        if not state:
+            return
+        if not self._apart:
+            inner = self._optimizer if not self._engine.deepspeed else self._optimizer.optimizer
+            for name, p in self._trainable():
+                entry = state.get(name)
+                if isinstance(entry, dict):
+                    inner.state[p] = {
+                        k: v.clone() if k == "step" else v.to(p.device, p.dtype).clone()
+                        for k, v in entry.items()
+                        if isinstance(v, Tensor)
+                    }
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        inner = self._wrapped.optimizer.optimizer
+        for name, p in self._trainable():
+            entry = state.get(name)
+            if not isinstance(entry, dict):
+                continue
+            for key in _OPTIMIZER_KEYS:
+                value = entry.get(key)
+                if isinstance(value, Tensor):
+                    safe_set_full_optimizer_state(p, value.to(self.device), key)
+            step = entry.get("step")
+            if isinstance(step, Tensor):
+                for held in inner.state.values():
+                    if "step" in held:
+                        held["step"] = torch.full_like(held["step"], float(step))
+
+
+def _normalisation(stream: Stream, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    if stream.mean is None or stream.std is None:
+        return None
+    trailing = (1,) * (len(stream.input_shape) - 1)
+    mean = torch.tensor(stream.mean, dtype=torch.float32, device=device).view(-1, *trailing)
+    std = torch.tensor(stream.std, dtype=torch.float32, device=device).view(-1, *trailing)
+    return 1 / std, -mean / std
+
+
+def _full_shape(p: nn.Parameter) -> tuple[int, ...]:
+    shape = getattr(p, "ds_shape", p.shape)  # ZeRO 3 leaves an empty tensor behind and keeps the shape aside
+    return tuple(shape)

@@ -1,0 +1,373 @@
+"""The built-in models: a backbone, and a head that decides which outputs are possible.
+
+Every model is a :class:`Classifier`. Its modules are named so that ``freeze`` and adapters can select them by path:
+
+* ``mlp``: ``backbone.layers.<i>`` is hidden layer i, holding ``linear``, ``activation`` and maybe ``dropout``;
+* ``simple-mlp``: the same, so its one hidden layer is ``backbone.layers.0.linear``;
+* ``convnet``: ``backbone.blocks.<i>`` holds ``conv``, maybe ``norm``, ``activation``, ``pool``; then
+  ``backbone.layers.<i>`` as above;
+* ``resnet18``, ``slim-resnet18``: ``backbone.conv1``, ``backbone.bn1``, ``backbone.layer1`` … ``layer4``, each of two
+  blocks that hold ``conv1``, ``bn1``, ``conv2``, ``bn2`` and ``shortcut``: ``backbone.layer1.0.conv1``;
+* all: ``head.linear``, the one matrix over all outputs.
+
+Weights start from PyTorch's defaults, drawn from the global generator in the order of construction: equal seeds give
+equal models. No module works in place, so hooks see inputs and outputs as they were.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from cl_lab.errors import ConfigError
+from cl_lab.knobs import knob
+from cl_lab.protocols import ModelSpec
+from cl_lab.records import Stream
+
+HeadKind = Literal["auto", "single", "growing", "multi"]
+Activation = Literal["relu", "tanh"]
+
+_HEAD_DOC = (
+    "single: all outputs; growing: only classes met so far; multi: only the classes of the sample's task; "
+    "auto: multi where the stream tells task labels, else single"
+)
+
+
+class Head(nn.Module):
+    """One linear layer over all ``n_classes`` outputs of the stream; subclasses say which of them are possible.
+
+    Impossible outputs are ``-inf``: softmax gives them exactly 0, cross-entropy and its gradient stay finite as long
+    as the target itself is possible, and their rows of the weight get a gradient of exactly zero. So masking one
+    matrix is the same function as separate heads, serves batches of mixed tasks without a loop, and leaves no
+    parameter unused (DDP).
+
+    Mind three things. A zero gradient does not stop an optimiser with momentum or weight decay that is kept over
+    experiences from moving those rows (van de Ven's and Mammoth's code share this). The loss of a sample whose target
+    is impossible is ``inf``. And ``0 · -inf`` is NaN, so soft targets and label smoothing must skip impossible
+    outputs.
+    """
+
+    def __init__(self, width: int, n_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, n_classes)
+
+    def observe(self, classes: Iterable[int]) -> None:
+        """These classes are about to be learnt. Does nothing unless the head grows."""
+
+
+class SingleHead(Head):
+    """All outputs are possible at all times."""
+
+    def forward(self, h: Tensor, t: Tensor) -> Tensor:
+        """Logits ``[B, n_classes]`` of features ``h`` ``[B, d]``; the task labels ``t`` are not looked at."""
+        logits: Tensor = self.linear(h)
+        return logits
+
+
+class GrowingHead(Head):
+    """The classes met so far are possible; before the first :meth:`observe`, all are (so that R₀ is defined)."""
+
+    seen: Tensor
+
+    def __init__(self, width: int, n_classes: int) -> None:
+        super().__init__(width, n_classes)
+        self.register_buffer("seen", torch.zeros(n_classes, dtype=torch.bool))
+
+    def observe(self, classes: Iterable[int]) -> None:
+        """Make these output indices possible from now on. Raises :class:`ValueError` for an index out of range."""
+        index = sorted({int(c) for c in classes})
+        if index and not 0 <= index[0] <= index[-1] < len(self.seen):
+            raise ValueError(f"classes {index} are not all within the {len(self.seen)} outputs of the head")
+        self.seen[index] = True
+
+    def forward(self, h: Tensor, t: Tensor) -> Tensor:
+        """Logits ``[B, n_classes]`` of features ``h`` ``[B, d]``, ``-inf`` for classes not met; ``t`` is ignored."""
+        logits: Tensor = self.linear(h)
+        possible = self.seen | ~self.seen.any()  # stays on the device: no branch on a tensor's value
+        return torch.where(possible, logits, float("-inf"))
+
+
+class MultiHead(Head):
+    """The classes of a sample's own task are possible; its task label is the index of its experience."""
+
+    active: Tensor
+
+    def __init__(self, width: int, n_classes: int, tasks: Sequence[Sequence[int]]) -> None:
+        super().__init__(width, n_classes)
+        active = torch.zeros(len(tasks), n_classes, dtype=torch.bool)
+        for row, classes in zip(active, tasks, strict=True):
+            row[list(classes)] = True
+        self.register_buffer("active", active)
+
+    def forward(self, h: Tensor, t: Tensor) -> Tensor:
+        """Logits ``[B, n_classes]`` of features ``h`` ``[B, d]`` and task labels ``t`` ``[B]``; ``-inf`` off-task."""
+        logits: Tensor = self.linear(h)
+        return torch.where(self.active[t], logits, float("-inf"))
+
+
+class Classifier(nn.Module):
+    """A backbone that makes features and a :class:`Head` that makes logits of them."""
+
+    def __init__(self, backbone: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Logits ``[B, n_classes]`` of ``x`` ``[B, *input_shape]`` float32 with task labels ``t`` ``[B]`` int64."""
+        logits: Tensor = self.head(self.backbone(x), t)
+        return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """The penultimate features ``[B, d]`` of ``x`` ``[B, *input_shape]``: what the head sees."""
+        h: Tensor = self.backbone(x)
+        return h
+
+    def observe(self, classes: Iterable[int]) -> None:
+        """These classes are about to be learnt; call it before their training. Matters to a growing head only."""
+        self.head.observe(classes)
+
+
+def _layers(width: int, hidden: Sequence[int], activation: Activation, dropout: float) -> nn.Sequential:
+    layers = nn.Sequential()
+    for size in hidden:
+        parts: OrderedDict[str, nn.Module] = OrderedDict(linear=nn.Linear(width, size))
+        parts["activation"] = nn.ReLU() if activation == "relu" else nn.Tanh()
+        if dropout > 0:
+            parts["dropout"] = nn.Dropout(dropout)
+        layers.append(nn.Sequential(parts))
+        width = size
+    return layers
+
+
+class MLPBackbone(nn.Module):
+    """Fully connected layers on the flattened input: ``[B, *input_shape]`` → ``[B, width]``."""
+
+    def __init__(self, inputs: int, hidden: Sequence[int], activation: Activation, dropout: float) -> None:
+        super().__init__()
+        self.layers = _layers(inputs, hidden, activation, dropout)
+        self.width = hidden[-1] if hidden else inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``[B, width]``."""
+        h: Tensor = self.layers(x.flatten(1))
+        return h
+
+
+class ConvBackbone(nn.Module):
+    """Blocks of convolution, ReLU and halving, then fully connected layers: ``[B, C, H, W]`` → ``[B, width]``."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        channels: Sequence[int],
+        kernel_size: int,
+        batch_norm: bool,
+        hidden: Sequence[int],
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        depth, height, width = shape
+        self.blocks = nn.Sequential()
+        for size in channels:
+            parts: OrderedDict[str, nn.Module] = OrderedDict()
+            parts["conv"] = nn.Conv2d(depth, size, kernel_size, padding=kernel_size // 2, bias=not batch_norm)
+            if batch_norm:
+                parts["norm"] = nn.BatchNorm2d(size)
+            parts["activation"] = nn.ReLU()
+            parts["pool"] = nn.MaxPool2d(2)
+            self.blocks.append(nn.Sequential(parts))
+            depth, height, width = size, height // 2, width // 2
+        inputs = depth * height * width
+        self.layers = _layers(inputs, hidden, "relu", dropout)
+        self.width = hidden[-1] if hidden else inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``[B, width]``."""
+        h: Tensor = self.layers(self.blocks(x).flatten(1))
+        return h
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with batch normalisation around a shortcut (He et al. 2016, Fig. 5 left)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut.append(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, inputs, H, W]`` → ``[B, outputs, H/stride, W/stride]``."""
+        h = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
+        return relu(h + self.shortcut(x))
+
+
+class ResNetBackbone(nn.Module):
+    """ResNet-18 with the stem for small images (3×3, stride 1, no pooling): ``[B, C, H, W]`` → ``[B, 8·filters]``."""
+
+    def __init__(self, channels: int, filters: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, filters, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(filters)
+        self.layer1 = nn.Sequential(BasicBlock(filters, filters, 1), BasicBlock(filters, filters, 1))
+        self.layer2 = nn.Sequential(BasicBlock(filters, 2 * filters, 2), BasicBlock(2 * filters, 2 * filters, 1))
+        self.layer3 = nn.Sequential(BasicBlock(2 * filters, 4 * filters, 2), BasicBlock(4 * filters, 4 * filters, 1))
+        self.layer4 = nn.Sequential(BasicBlock(4 * filters, 8 * filters, 2), BasicBlock(8 * filters, 8 * filters, 1))
+        self.width = 8 * filters
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features ``[B, 8·filters]``, the mean over what is left of the image."""
+        h = relu(self.bn1(self.conv1(x)))
+        h = self.layer4(self.layer3(self.layer2(self.layer1(h))))
+        # Not AdaptiveAvgPool2d, whose backward pass has no deterministic version on CUDA.
+        mean: Tensor = h.mean(dim=(2, 3))
+        return mean
+
+
+@dataclass
+class MLP(ModelSpec):
+    """Fully connected network on the flattened input; by default van de Ven's two layers of 400 ReLU units.
+
+    Source: van de Ven & Tolias 2019, §5.1. An empty ``hidden`` gives softmax regression.
+    """
+
+    hidden: list[int] = knob([400, 400], "width of each hidden layer, from the input on")
+    activation: Activation = knob("relu", "nonlinearity after each hidden layer")
+    dropout: float = knob(0.0, "share of units dropped after each hidden layer in training", ge=0, lt=1)
+    head: HeadKind = knob("auto", _HEAD_DOC)
+
+    def build(self, stream: Stream) -> Classifier:
+        """A fresh MLP for ``stream``. Raises :class:`ConfigError` for widths below 1 or an impossible head."""
+        _positive("hidden", self.hidden)
+        backbone = MLPBackbone(_numel(stream), self.hidden, self.activation, self.dropout)
+        return _classifier(backbone, backbone.width, stream, self.head)
+
+
+@dataclass
+class SimpleMLP(ModelSpec):
+    """Avalanche's SimpleMLP: one hidden layer of 512 ReLU units with dropout 0.5.
+
+    Source: Avalanche 0.6, ``models/simple_mlp.py``; equal seeds give equal weights.
+    """
+
+    hidden: int = knob(512, "width of a hidden layer", ge=1)
+    layers: int = knob(1, "number of hidden layers", ge=1)
+    dropout: float = knob(0.5, "share of units dropped after each hidden layer in training", ge=0, lt=1)
+    head: HeadKind = knob("auto", _HEAD_DOC)
+
+    def build(self, stream: Stream) -> Classifier:
+        """A fresh network for ``stream``. Raises :class:`ConfigError` for a head the stream cannot have."""
+        backbone = MLPBackbone(_numel(stream), [self.hidden] * self.layers, "relu", self.dropout)
+        return _classifier(backbone, backbone.width, stream, self.head)
+
+
+@dataclass
+class ConvNet(ModelSpec):
+    """Small convolutional network: blocks of convolution, ReLU and 2×2 max pooling, then fully connected layers."""
+
+    channels: list[int] = knob([32, 64], "channels of each block; every block halves the image", min_length=1)
+    kernel_size: Literal[1, 3, 5, 7] = knob(3, "side of the convolutions")
+    batch_norm: bool = knob(False, "normalise each block; its running statistics drift with the stream")
+    hidden: list[int] = knob([256], "width of each fully connected layer after the blocks")
+    dropout: float = knob(0.0, "share of units dropped after each fully connected layer in training", ge=0, lt=1)
+    head: HeadKind = knob("auto", _HEAD_DOC)
+
+    def build(self, stream: Stream) -> Classifier:
+        """A fresh network for ``stream``.
+
+        Raises :class:`ConfigError` for input that is no image or too small for the blocks, widths below 1, or a head
+        the stream cannot have.
+        """
+        _positive("channels", self.channels)
+        _positive("hidden", self.hidden)
+        shape = _image("convnet", stream)
+        if min(shape[1:]) < 2 ** len(self.channels):
+            raise ConfigError(
+                f"model.channels = {self.channels}: {len(self.channels)} blocks halve images of stream '{stream.name}' "
+                f"({shape[1]}x{shape[2]}) to nothing; use fewer blocks"
+            )
+        backbone = ConvBackbone(shape, self.channels, self.kernel_size, self.batch_norm, self.hidden, self.dropout)
+        return _classifier(backbone, backbone.width, stream, self.head)
+
+
+@dataclass
+class ResNet18(ModelSpec):
+    """ResNet-18 for small images: 3×3 stem with stride 1 and no pooling, then global average pooling (512 features).
+
+    Source: He et al. 2016 with the CIFAR stem; 11,173,962 parameters for 3 channels and 10 classes. Below 16×16 pixels
+    the last map is one pixel, and batch normalisation then refuses to train on a batch of one.
+    """
+
+    head: HeadKind = knob("auto", _HEAD_DOC)
+
+    def build(self, stream: Stream) -> Classifier:
+        """A fresh network for ``stream``. Raises :class:`ConfigError` for non-images or an impossible head."""
+        backbone = ResNetBackbone(_image("resnet18", stream)[0], 64)
+        return _classifier(backbone, backbone.width, stream, self.head)
+
+
+@dataclass
+class SlimResNet18(ModelSpec):
+    """The reduced ResNet-18 of GEM: 20 filters instead of 64 (160 features).
+
+    Source: Lopez-Paz & Ranzato 2017, §5; Avalanche's and Mammoth's reduced ResNet-18. Equal seeds give Avalanche's
+    weights.
+    """
+
+    filters: int = knob(20, "filters of the first layer; the features are eight times as many", ge=1)
+    head: HeadKind = knob("auto", _HEAD_DOC)
+
+    def build(self, stream: Stream) -> Classifier:
+        """A fresh network for ``stream``. Raises :class:`ConfigError` for non-images or an impossible head."""
+        backbone = ResNetBackbone(_image("slim-resnet18", stream)[0], self.filters)
+        return _classifier(backbone, backbone.width, stream, self.head)
+
+
+def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """Number of scalars in the parameters of ``model`` (shared ones once), or in the trainable ones only."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def _classifier(backbone: nn.Module, width: int, stream: Stream, kind: HeadKind) -> Classifier:
+    if kind == "multi" and not stream.task_labels:
+        raise ConfigError(
+            f"model.head = 'multi': stream '{stream.name}' tells no task labels; use 'single' or 'growing', "
+            "or a task-incremental scenario"
+        )
+    if kind == "auto":
+        kind = "multi" if stream.task_labels else "single"
+    if kind == "multi":
+        return Classifier(backbone, MultiHead(width, stream.n_classes, [e.classes for e in stream.experiences]))
+    head = GrowingHead if kind == "growing" else SingleHead
+    return Classifier(backbone, head(width, stream.n_classes))
+
+
+def _numel(stream: Stream) -> int:
+    return int(torch.Size(stream.input_shape).numel())
+
+
+def _image(model: str, stream: Stream) -> tuple[int, int, int]:
+    if len(stream.input_shape) != 3 or min(stream.input_shape) < 1:
+        raise ConfigError(
+            f"model '{model}' takes images [channels, height, width], but samples of stream '{stream.name}' are "
+            f"{list(stream.input_shape)}; use model 'mlp'"
+        )
+    channels, height, width = stream.input_shape
+    return channels, height, width
+
+
+def _positive(name: str, sizes: Sequence[int]) -> None:
+    if any(size < 1 for size in sizes):
+        raise ConfigError(f"model.{name} = {list(sizes)}: every entry must be at least 1")

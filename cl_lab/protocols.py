@@ -1,0 +1,232 @@
+"""What a plug-in is: the narrow contracts between the core and every strategy, scenario, model and editor.
+
+A plug-in is a dataclass. Public fields are its knobs (see :mod:`cl_lab.knobs`), underscored fields its state. It gets
+values and returns values; it never assigns to its host, never steps the optimiser, never replaces a loader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cl_lab.records import Batch, Experience, State, Stream, TensorData
+
+
+class Learner(Protocol):
+    """The view of model and engine that a strategy gets; the same under plain torch, DDP and DeepSpeed ZeRO 0–3.
+
+    Parameters and gradients appear by name, for trainable parameters only. What a strategy computes from them must be
+    elementwise in the parameter, so that the engine may hand out full tensors or local shards alike.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches and parameters live."""
+        ...
+
+    @property
+    def rng(self) -> torch.Generator:
+        """The generator every strategy draws from: CPU, seeded by the run, equal on all ranks, saved in checkpoints."""
+        ...
+
+    @property
+    def stream(self) -> Stream:
+        """The stream being learnt. Only strategies marked ``reference`` may look at experiences other than their own."""
+        ...
+
+    @property
+    def training_batch_size(self) -> int:
+        """Samples of the current experience per optimiser step, over all ranks."""
+        ...
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits ``[B, n_classes]`` of the wrapped model, with gradients; impossible outputs hold ``-inf``."""
+        ...
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The training loss of ``outputs``: cross-entropy per sample, brought together by :meth:`average`."""
+        ...
+
+    def average(self, values: Tensor, batch: Batch) -> Tensor:
+        """``Σ wᵢ vᵢ`` of per-sample ``values`` ``[B]``: the mean where ``batch.weight`` is ``None``.
+
+        Terms made this way add up right over ranks and over pieces of an accumulated batch.
+        """
+        ...
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Trainable parameters by name, detached, in fp32 where the engine keeps such a copy."""
+        ...
+
+    def gradients(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """Gradients by name, averaged over ranks; changes made in place inside the context reach the optimiser."""
+        ...
+
+    def replica(self) -> nn.Module:
+        """A plain copy of the model in evaluation mode on :attr:`device`, free to run backward through (Fisher, MAS, …)."""
+        ...
+
+    def prepare_input(self, x: Tensor) -> Tensor:
+        """Raw samples as the model wants them: float32 on :attr:`device`, scaled and normalised."""
+        ...
+
+    def freeze(self, patterns: Sequence[str]) -> list[str]:
+        """Stop training all parameters under the modules that match, by path structure; returns their names.
+
+        Takes effect at once, so it is called between experiences. Raises :class:`~cl_lab.errors.ConfigError` where a
+        pattern matches nothing.
+        """
+        ...
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """The sum of ``value`` over ranks."""
+        ...
+
+    def shard(self, data: TensorData) -> TensorData:
+        """This rank's rows of ``data`` (all of them with one process)."""
+        ...
+
+    def shard_rows(self, values: Tensor) -> Tensor:
+        """This rank's rows of a tensor that goes with the data given to :meth:`shard`."""
+        ...
+
+
+@dataclass
+class Strategy:
+    """A way to learn a stream without forgetting it. Every hook does nothing unless overridden.
+
+    Order within a run: :meth:`prepare`; then per experience :meth:`before_experience`, :meth:`training_set`, and per step
+    :meth:`mix` → forward → loss → :meth:`adjust_loss` → backward → :meth:`adjust_gradients` → optimiser →
+    :meth:`after_step`; then :meth:`after_experience`. Where the stream hides its boundaries, :meth:`before_experience` and
+    :meth:`after_experience` are not called and :meth:`training_set` is not asked.
+    """
+
+    needs_boundaries: ClassVar[bool] = False
+    """Refuse streams that do not say where an experience ends."""
+    reference: ClassVar[bool] = False
+    """Sees more than a continual learner may (joint, cumulative): an upper bound, marked so in reports."""
+
+    @classmethod
+    def conformance_knobs(cls) -> dict[str, Any]:
+        """Knobs under which the conformance suite can run this strategy on a toy stream and an MLP."""
+        return {}
+
+    def prepare(self, model: nn.Module, stream: Stream) -> nn.Module:
+        """Change the model before the engine wraps it (adapters, splitting); returns the model to train."""
+        return model
+
+    def before_experience(self, experience: Experience, learner: Learner) -> None:
+        """A new experience begins."""
+
+    def training_set(self, experience: Experience, learner: Learner) -> TensorData | None:
+        """The samples to iterate over in this experience; ``None`` skips its training.
+
+        Called again on resume, so it must give the same rows for the same state.
+        """
+        return experience.train
+
+    def budget(self, experience: Experience, learner: Learner) -> int:
+        """How many experiences' worth of ``training.iterations`` this experience gets."""
+        return 1
+
+    def mix(self, batch: Batch, learner: Learner) -> Batch:
+        """Rehearsal: the batch to train on. Sees the global batch, the same on every rank."""
+        return batch
+
+    def adjust_loss(self, loss: Tensor, *, batch: Batch, outputs: Tensor, learner: Learner) -> Tensor:
+        """Add terms that need the graph (distillation, margins)."""
+        return loss
+
+    def adjust_gradients(self, learner: Learner) -> None:
+        """Between backward and step: add an analytic penalty's gradient, mask or project."""
+
+    def after_step(self, learner: Learner) -> None:
+        """The optimiser has stepped."""
+
+    def after_experience(self, experience: Experience, learner: Learner) -> None:
+        """The experience has been learnt; consolidate."""
+
+    def penalty(self, learner: Learner) -> float:
+        """The value of the analytic penalty whose gradient :meth:`adjust_gradients` adds, for the log."""
+        return 0.0
+
+    def state_dict(self) -> State:
+        """All that :meth:`load_state_dict` needs to go on as if never stopped."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore what :meth:`state_dict` gave."""
+
+
+@dataclass
+class Scenario:
+    """A recipe for a stream. Knobs are its public fields; :meth:`stream` makes the experiences."""
+
+    argument: ClassVar[str | None] = None
+    """The knob that ``name: plugin:value`` sets (``avalanche:SplitOmniglot`` sets ``benchmark``)."""
+
+    @classmethod
+    def conformance_knobs(cls) -> dict[str, Any] | None:
+        """Knobs for the conformance suite; ``None`` where no offline data can be made up for it."""
+        return {}
+
+    def stream(self, seed: int) -> Stream:
+        """The stream for one seed: equal seeds give equal streams, on any machine."""
+        raise NotImplementedError
+
+
+@dataclass
+class ModelSpec:
+    """A recipe for a classifier. Knobs are its public fields; :meth:`build` makes the module.
+
+    The module takes ``(x, t)``, ``x`` ``[B, *input_shape]`` float32 and ``t`` ``[B]`` int64, and returns logits
+    ``[B, n_classes]``.
+    """
+
+    def build(self, stream: Stream) -> nn.Module:
+        """A freshly initialised model for ``stream``, drawn from torch's global generator."""
+        raise NotImplementedError
+
+
+class Patch(Protocol):
+    """A reversible change to a model's weights or behaviour."""
+
+    def apply(self, model: nn.Module) -> None:
+        """Change ``model`` in place."""
+        ...
+
+    def revert(self, model: nn.Module) -> None:
+        """Undo :meth:`apply`, bit for bit."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the patch under ``path`` (safetensors and JSON)."""
+        ...
+
+
+class Editor(Protocol):
+    """A way to correct facts: proposes a patch and leaves the model as it was."""
+
+    def propose(self, model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Patch:
+        """The patch that makes ``edits`` true in ``model``."""
+        ...
+
+
+def tensors_of(state: State) -> Iterator[Tensor]:
+    """Every tensor in a (nested) state."""
+    for value in state.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from tensors_of(value)
+
+
+def state_bytes(state: State) -> int:
+    """Bytes held by the tensors of a state."""
+    return sum(v.numel() * v.element_size() for v in tensors_of(state))

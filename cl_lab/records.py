@@ -1,0 +1,199 @@
+"""The values that flow through the laboratory: tensors of an experience, a stream of experiences, a batch.
+
+Importing this module loads torch; the command line therefore imports it only when a run starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_lab.errors import DataError
+
+State = dict[str, "Tensor | State | int | float | str | bool | list[Any] | None"]
+"""What a plug-in may save: nested dictionaries of tensors and JSON values. Tensors go to safetensors, the rest to JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorData:
+    """A materialised set of labelled samples, contiguous in memory (or memory-mapped), indexed batch by batch.
+
+    ``x`` is ``[N, ...]`` uint8 (raw pixels, scaled when a batch is prepared) or float32; ``y`` is ``[N]`` int64, a global
+    output index; ``t`` is ``[N]`` int64, the task label (used only where the stream tells task labels).
+    """
+
+    x: Tensor
+    y: Tensor
+    t: Tensor
+
+    def __post_init__(self) -> None:
+        if not len(self.x) == len(self.y) == len(self.t):
+            raise DataError(
+                f"samples, labels and task labels differ in number: {len(self.x)}, {len(self.y)}, {len(self.t)}"
+            )
+        if self.y.dtype != torch.int64 or self.t.dtype != torch.int64:
+            raise DataError(f"labels must be int64, got {self.y.dtype} and {self.t.dtype}")
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the three tensors."""
+        return sum(v.numel() * v.element_size() for v in (self.x, self.y, self.t))
+
+    def take(self, index: Tensor) -> TensorData:
+        """The rows named by an int64 ``index``, as new contiguous tensors."""
+        return TensorData(self.x[index], self.y[index], self.t[index])
+
+    def batch(self, index: Tensor, epoch: int = 0) -> Batch:
+        """The rows named by an int64 ``index``, as a :class:`Batch` of current samples."""
+        return Batch(self.x[index], self.y[index], self.t[index], current=len(index), epoch=epoch)
+
+    @staticmethod
+    def concat(parts: Sequence[TensorData]) -> TensorData:
+        """All rows of ``parts`` in order; their samples must have one shape and dtype."""
+        if len(parts) == 1:
+            return parts[0]
+        return TensorData(*(torch.cat([getattr(p, name) for p in parts]) for name in ("x", "y", "t")))
+
+    def digest(self) -> str:
+        """SHA-256 over shapes, dtypes and bytes: two equal digests mean equal data."""
+        sha = hashlib.sha256()
+        for v in (self.x, self.y, self.t):
+            sha.update(f"{tuple(v.shape)}{v.dtype}".encode())
+            sha.update(v.contiguous().numpy().data.cast("B"))
+        return sha.hexdigest()
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows to train on: the first ``current`` come from the present experience, the rest were rehearsed by strategies.
+
+    ``weight`` is ``[B]`` float32 and makes the loss ``Σ wᵢ ℓᵢ``; ``None`` means the mean. ``extra`` holds further tensors
+    with one row per sample (stored logits, say), in step with ``x``. ``epoch`` counts the passes over the current
+    experience, from 0.
+    """
+
+    x: Tensor
+    y: Tensor
+    t: Tensor
+    current: int
+    weight: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same rows on ``device``."""
+        return Batch(
+            self.x.to(device, non_blocking=True),
+            self.y.to(device, non_blocking=True),
+            self.t.to(device, non_blocking=True),
+            self.current,
+            None if self.weight is None else self.weight.to(device, non_blocking=True),
+            {k: v.to(device, non_blocking=True) for k, v in self.extra.items()},
+            self.epoch,
+        )
+
+    def rows(self, index: Tensor, weight: Tensor | None) -> Batch:
+        """The rows named by an increasing int64 ``index``, with new loss weights."""
+        return Batch(
+            self.x[index],
+            self.y[index],
+            self.t[index],
+            int((index < self.current).sum()),
+            weight,
+            {k: v[index] for k, v in self.extra.items()},
+            self.epoch,
+        )
+
+
+class Experience:
+    """One step of a stream: what is learnt now and what it is tested on.
+
+    The tensors are made on first use and kept until :meth:`release`, so a long stream need not sit in memory at once.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        classes: Sequence[int],
+        train: Callable[[], TensorData],
+        test: Callable[[], TensorData],
+    ) -> None:
+        if not classes:
+            raise DataError(f"experience {index} ('{name}') has no classes; check the split of the scenario")
+        self.index = index
+        self.name = name
+        self.classes = tuple(sorted(int(c) for c in classes))
+        self._makers = {"train": train, "test": test}
+        self._made: dict[str, TensorData] = {}
+
+    def _part(self, part: str) -> TensorData:
+        if part not in self._made:
+            data = self._makers[part]()
+            if len(data) == 0:
+                raise DataError(
+                    f"experience {self.index} ('{self.name}') has no {part} samples; check the scenario's split"
+                )
+            self._made[part] = data
+        return self._made[part]
+
+    @property
+    def train(self) -> TensorData:
+        """Samples to learn from."""
+        return self._part("train")
+
+    @property
+    def test(self) -> TensorData:
+        """Held-out samples of the same experience; never used to choose anything."""
+        return self._part("test")
+
+    def release(self) -> None:
+        """Forget the training tensors (they are made again on the next use)."""
+        self._made.pop("train", None)
+
+    def __repr__(self) -> str:
+        return f"Experience({self.index}, {self.name!r}, classes={self.classes})"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A finite stream of experiences and what a model must know to face it.
+
+    ``input_shape`` is one sample's shape, without the batch axis. ``n_classes`` counts the outputs over the whole stream:
+    labels are global output indices, so task-incremental streams own disjoint outputs per task. ``task_labels`` says
+    whether the model is told each sample's task at training and test; ``boundaries`` whether strategies are told where
+    one experience ends; ``online`` that each sample is seen once. ``mean`` and ``std`` (per channel, of inputs scaled to
+    [0, 1]) normalise the input; ``None`` leaves it in [0, 1].
+    """
+
+    name: str
+    experiences: tuple[Experience, ...]
+    input_shape: tuple[int, ...]
+    n_classes: int
+    task_labels: bool = False
+    boundaries: bool = True
+    online: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.experiences)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every test set and the classes of every experience: names the data a matrix was measured on."""
+        sha = hashlib.sha256()
+        for e in self.experiences:
+            sha.update(f"{e.index}{e.classes}".encode())
+            sha.update(e.test.digest().encode())
+        return sha.hexdigest()

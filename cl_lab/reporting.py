@@ -1,0 +1,1233 @@
+"""The report of a comparison: one HTML page that answers first, its Markdown twin, and a table for the terminal.
+
+Everything is computed from the run documents (``run.json``) and from nothing else, so that a report can be written
+again at any time, and two reports of the same runs are equal byte for byte. The page holds its pictures and its style;
+it asks the network for nothing. What users provide (labels, names, errors, settings) is escaped everywhere.
+
+A "row" below is one strategy of a comparison, a "leader" one of the strategies that no interval tells from the best.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import json
+import math
+import re
+import shlex
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_lab.errors import UserError
+from cl_lab.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+METRICS: dict[str, tuple[str, str]] = {
+    "average_accuracy": (
+        "Average accuracy",
+        "Share of right answers after the last experience, averaged over all experiences. The main result.",
+    ),
+    "weighted_average_accuracy": (
+        "Sample-weighted accuracy",
+        "The same with every test sample weighing alike, so that larger test sets count more.",
+    ),
+    "average_incremental_accuracy": (
+        "Average incremental accuracy",
+        "Accuracy on everything learnt so far, averaged over the whole stream: how good the model was along the way.",
+    ),
+    "average_anytime_accuracy": (
+        "Average anytime accuracy",
+        "The same, measured during training as well and not only between experiences.",
+    ),
+    "learning_accuracy": (
+        "Learning accuracy",
+        "Accuracy on each experience just after learning it: how well the model still learns new things.",
+    ),
+    "forgetting": (
+        "Forgetting",
+        "How far accuracy on earlier experiences fell from the best it had been before the last one. Lower is better; "
+        "0 is none. (Chaudhry et al. 2018.)",
+    ),
+    "first_minus_last_forgetting": (
+        "Drop since learnt",
+        "Accuracy just after learning minus accuracy at the end. Avalanche calls this forgetting.",
+    ),
+    "max_including_last_forgetting": (
+        "Drop from best ever",
+        "The best accuracy of the whole run minus accuracy at the end. Mammoth and PyCIL call this forgetting.",
+    ),
+    "bwt": (
+        "Backward transfer",
+        "How learning later experiences changed accuracy on earlier ones. Negative means forgetting.",
+    ),
+    "fwt": (
+        "Forward transfer",
+        "Accuracy on experiences not yet learnt, above that of the untrained model. Positive: earlier learning helps.",
+    ),
+    "intransigence": (
+        "Intransigence",
+        "How much better a model trained on everything at once does on each experience than this one just after "
+        "learning it. Lower is better.",
+    ),
+    "min_accuracy": (
+        "Minimum accuracy",
+        "The worst accuracy each earlier experience went through after it had been learnt, averaged.",
+    ),
+    "worst_case_accuracy": (
+        "Worst-case accuracy",
+        "Accuracy on the newest experience, averaged with the worst that the earlier ones went through.",
+    ),
+    "omega_base": ("Ω base", "How much of the first experience is kept, relative to a model trained on everything."),
+    "omega_new": ("Ω new", "Accuracy on each new experience just after learning it, the first left out."),
+    "omega_all": ("Ω all", "Accuracy on all learnt so far, relative to a model trained on everything."),
+}
+"""Heading and definition in plain words of each metric (formulas and sources: :mod:`cl_lab.metrics`)."""
+
+_MAIN = (
+    "average_accuracy",
+    "average_incremental_accuracy",
+    "learning_accuracy",
+    "forgetting",
+    "bwt",
+    "fwt",
+)
+_COSTS: dict[str, str] = {
+    "train_seconds": "Training",
+    "eval_seconds": "Evaluation",
+    "samples_per_second": "Samples/s",
+    "peak_memory_bytes": "Peak memory",
+    "strategy_state_bytes": "Strategy state",
+    "trainable_parameters": "Trainable parameters",
+}
+_BYTE_UNITS = (("GiB", 1024.0**3), ("MiB", 1024.0**2), ("KiB", 1024.0), ("bytes", 1.0))
+_TIME_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+_MOST_PANELS = 12
+_NUMBERED_CELLS = 10
+_VECTOR_CELLS = 20
+
+# Okabe and Ito's palette (yellow, invisible on white, replaced by a brown): told apart by colour-blind readers, and by
+# everybody else in print, since each line also has its own marker and dashes.
+_COLOURS = (
+    ("#0072b2", "blue"),
+    ("#d55e00", "vermilion"),
+    ("#009e73", "green"),
+    ("#cc79a7", "pink"),
+    ("#e69f00", "orange"),
+    ("#56b4e9", "light blue"),
+    ("#7a5230", "brown"),
+    ("#000000", "black"),
+)
+_GREYS = (("#555555", "dark grey"), ("#8a8a8a", "grey"), ("#b0b0b0", "light grey"))
+_MARKERS = (
+    ("o", "circles", "M10.5 6a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0z"),
+    ("s", "squares", "M10.8 2.8h6.4v6.4h-6.4z"),
+    ("^", "triangles", "M14 2l4 7.4h-8z"),
+    ("D", "diamonds", "M14 1.6l4 4.4-4 4.4-4-4.4z"),
+    ("v", "triangles pointing down", "M14 10l4-7.4h-8z"),
+    ("P", "crosses", "M12.7 2h2.6v2.7h2.7v2.6h-2.7v2.7h-2.6v-2.7h-2.7v-2.6h2.7z"),
+    ("<", "triangles pointing left", "M10 6l7.4-4v8z"),
+    (">", "triangles pointing right", "M18 6l-7.4-4v8z"),
+)
+_DASHES = (("solid", ""), ("dashed", "6 3"), ("dotted", "2 2"), ("dash-dotted", "6 2 2 2"))
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one strategy is drawn in every chart."""
+
+    colour: str
+    marker: str
+    dashes: str
+    path: str
+    words: str
+
+    @property
+    def line(self) -> Any:
+        """The dashes as matplotlib writes them."""
+        return (0, tuple(float(v) for v in self.dashes.split())) if self.dashes else "solid"
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A mean over ``n`` runs and the half width of its 95 % interval (``None`` with one run)."""
+
+    mean: float
+    n: int
+    half: float | None = None
+
+    @property
+    def low(self) -> float:
+        return self.mean - (self.half or 0.0)
+
+    @property
+    def high(self) -> float:
+        return self.mean + (self.half or 0.0)
+
+
+@dataclass
+class Row:
+    """One strategy of a comparison, as the report sees it."""
+
+    label: str
+    reference: bool
+    runs: list[dict[str, Any]]
+    metrics: dict[str, Stat]
+    cost: dict[str, Stat]
+    style: Style
+    done: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> Stat | None:
+        """Average accuracy over the finished runs."""
+        return self.metrics.get("average_accuracy")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A chart: its caption and description, its SVG for the page, and its file for the Markdown twin."""
+
+    name: str
+    caption: str
+    alt: str
+    inline: str
+    file: str
+
+
+# -- the three doors -------------------------------------------------------------------------------------------------
+
+
+def write_report(comparison: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Write ``report.html``, ``report.md`` and ``report_files/`` into ``folder``; returns the paths of the first two.
+
+    ``comparison`` is what ``comparison.json`` holds (or :func:`from_runs` makes). Settings and environment are looked
+    up in ``folder`` and in the folders of the runs, and left out where they are gone. Each file is replaced atomically.
+    Raises :class:`UserError` where ``folder`` cannot be written.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    folder = Path(folder)
+    view, pictures = _view(comparison, folder)
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    options: dict[str, Any] = {
+        "undefined": StrictUndefined,
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+        "loader": loader,
+    }
+    page = Environment(autoescape=True, **options)
+    # Markdown lets HTML through, so there every value is escaped for both; what is marked safe (fenced code) is not.
+    twin = Environment(autoescape=False, finalize=lambda v: v if isinstance(v, Markup) else _markdown(v), **options)
+    page.filters["svg"] = Markup
+    twin.filters["file"] = Markup
+    twin.filters["fenced"] = lambda text: Markup(_fenced(str(text)))
+    files = folder / "report_files"
+    try:
+        files.mkdir(parents=True, exist_ok=True)
+        for picture in pictures:
+            write_atomically(files / f"{picture.name}.svg", picture.file)
+        for stale in set(files.glob("*.svg")) - {files / f"{p.name}.svg" for p in pictures}:
+            stale.unlink()
+        write_atomically(folder / "report.html", page.get_template("report.html.j2").render(view))
+        write_atomically(folder / "report.md", twin.get_template("report.md.j2").render(view))
+    except OSError as error:
+        raise UserError(f"the report cannot be written to '{folder}': {error}; give another folder") from None
+    return folder / "report.html", folder / "report.md"
+
+
+def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
+    """A comparison made of run folders and comparison folders, grouped by label.
+
+    A run given twice counts once; two different runs with one label and seed become two strategies, told apart by a
+    number. Raises :class:`UserError` for a folder without runs, a damaged ``run.json``, and runs on several scenarios.
+    """
+    runs: dict[str, dict[str, Any]] = {}
+    chances: set[float] = set()
+    if not paths:
+        raise UserError("no runs given; name at least one folder of a run or a comparison")
+    for path in map(Path, paths):
+        folders = [path]
+        if (path / "comparison.json").is_file() or (path / "runs").is_dir():
+            folders = sorted(p for p in (path / "runs").glob("*") if p.is_dir())
+            if (path / "comparison.json").is_file():
+                chance = _number(_document(path / "comparison.json").get("chance"))
+                chances |= set() if chance is None else {chance}
+            if not folders:
+                raise UserError(f"comparison '{path}' holds no runs; run cl-lab compare again")
+        for folder in folders:
+            runs[str(folder.resolve())] = _run_document(folder)
+    scenarios = sorted({str(run["scenario"]) for run in runs.values()})
+    if len(scenarios) > 1:
+        raise UserError(f"runs on different scenarios cannot be compared: {', '.join(scenarios)}; give runs on one")
+    groups: dict[str, dict[Any, dict[str, Any]]] = {}
+    for run in runs.values():
+        label, number = str(run["label"]), 1
+        while run["seed"] in groups.get(label, {}):
+            number += 1
+            label = f"{run['label']} ({number})"
+        groups.setdefault(label, {})[run["seed"]] = {**run, "label": label}
+    rows = [_aggregate(label, [group[seed] for seed in sorted(group)]) for label, group in groups.items()]
+    return {
+        "scenario": scenarios[0],
+        "path": str(paths[0]) if len(paths) == 1 else "",
+        "rows": rows,
+        "chance": chances.pop() if len(chances) == 1 else None,
+    }
+
+
+def rich_table(comparison: Mapping[str, Any]) -> Table:
+    """The results as a table for the terminal (80 columns suffice); references come last, below a line."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = _rows(comparison)
+    learners, references = _sorted(rows, False), _sorted(rows, True)
+    leaders = {r.label for r in _leaders(learners)}
+    several = any(r.accuracy and r.accuracy.n > 1 for r in rows)
+    table = Table(title=Text(_title(comparison)), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("strategy", overflow="fold", min_width=14)
+    for head in ("accuracy", "forgetting", "bwt", "learning", "training", "state"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in [*learners, *references]:
+        means = [_percent(row.metrics.get(m)).partition(" ± ")[0] for m in ("forgetting", "bwt", "learning_accuracy")]
+        whole = len(row.done) == len(row.runs)
+        cells = [_percent(row.accuracy), *means]
+        cells += [_cost(row, "train_seconds"), _cost(row, "strategy_state_bytes")]
+        table.add_row(
+            Text(row.label + (" *" if row.reference else "") + ("" if whole else f" ({_count(row)} runs)")),
+            *map(Text, cells),
+            style="bold" if row.label in leaders else "dim" if row.reference else "",
+            end_section=bool(references) and row is (learners or references)[-1],
+        )
+    notes = [
+        "Accuracies in per cent, " + ("± 95 % confidence interval over seeds." if several else "one seed, no interval.")
+    ]
+    if references:
+        notes.append("* reference: sees more than a continual learner may.")
+    table.caption = Text(" ".join(notes))
+    return table
+
+
+# -- what was found --------------------------------------------------------------------------------------------------
+
+
+def headline(comparison: Mapping[str, Any]) -> str:
+    """One sentence that says what was found, and no more than the numbers bear out.
+
+    The best strategy is the one with the highest mean average accuracy, references aside. It is called best only if its
+    95 % interval lies above those of all others; with one seed it is merely ahead.
+    """
+    rows = _rows(comparison)
+    learners = [r for r in _sorted(rows, False) if r.accuracy]
+    where = f"on {comparison.get('scenario') or 'this stream'}"
+    if not learners:
+        references = [r for r in _sorted(rows, True) if r.accuracy]
+        if not references:
+            return f"No run {where} finished, so there is nothing to compare."
+        first = references[0]
+        return (
+            f"Only references ran {where}: {first.label} reaches {_in_words(first)} average accuracy. "
+            "No continual learner was measured."
+        )
+    best = learners[0]
+    if len(learners) == 1:
+        tail = "" if best.accuracy and best.accuracy.n > 1 else " (one seed, no interval)"
+        return f"{best.label} reaches {_in_words(best)} average accuracy {where}{tail}."
+    leaders, second = _leaders(learners), learners[1]
+    if len(leaders) > 1:
+        names = [f"{r.label} ({_in_words(r)})" for r in leaders[:3]]
+        if len(leaders) > 3:
+            names = [*names[:2], f"{len(leaders) - 2} more"]
+        word = "between" if len(leaders) == 2 else "among"
+        return f"No clear winner {word} {_list(names)} {where}: their 95 % intervals overlap."
+    compared = f"{best.label} ({_in_words(best)} average accuracy)"
+    single = [r.label for r in (best, second) if r.accuracy and r.accuracy.n < 2]
+    if single:
+        if second.accuracy and best.accuracy and second.accuracy.mean == best.accuracy.mean:
+            return (
+                f"{best.label} and {second.label} are level {where} ({_in_words(best)}), with one seed and no interval."
+            )
+        which = "one seed, no interval" if len(single) == 2 else f"{single[0]} has one seed, no interval"
+        return f"{compared} is ahead of {second.label} ({_in_words(second)}) {where}, but {which}: it may be chance."
+    rivals = f"{second.label} ({_in_words(second)})" + (" and the rest" if len(learners) > 2 else "")
+    return f"{compared} clearly beats {rivals} {where}."
+
+
+def findings(comparison: Mapping[str, Any]) -> list[str]:
+    """The sentences that follow the headline: gap to the upper bound, forgetting, cost, and what weakens the result."""
+    rows = _rows(comparison)
+    learners = [r for r in _sorted(rows, False) if r.accuracy]
+    leaders = (_leaders(learners) or learners[:1])[:3]
+    found = [
+        *_gap(leaders, [r for r in _sorted(rows, True) if r.accuracy]),
+        *_forgot(leaders, learners),
+        *_price(leaders, learners),
+    ]
+    chance = _number(comparison.get("chance"))
+    if chance is not None and leaders:
+        low = leaders[0].accuracy.low if leaders[0].accuracy else 0.0
+        if low <= chance:
+            found.append(f"Guessing gives {100 * chance:.1f} %: even {leaders[0].label} is not clearly above chance.")
+    runs = [run for row in rows for run in row.runs]
+    missing = len(runs) - sum(len(row.done) for row in rows)
+    if missing:
+        verb = "did" if missing > 1 else "has"
+        rest = "not finish; they count" if missing > 1 else "not finished; it counts"
+        found.append(f"{missing} of {len(runs)} runs {verb} {rest} in no number here.")
+    seeds = {tuple(sorted(str(run.get("seed")) for run in row.done)) for row in rows if row.done}
+    if len(seeds) > 1:
+        found.append("The strategies were not all measured on the same seeds, so compare them with care.")
+    by_seed: dict[Any, set[str]] = {}
+    for run in runs:
+        if run.get("fingerprint"):
+            by_seed.setdefault(run.get("seed"), set()).add(str(run["fingerprint"]))
+    if any(len(prints) > 1 for prints in by_seed.values()):
+        found.append("Runs with one seed were tested on different data (their fingerprints differ): not comparable.")
+    return found
+
+
+def _gap(leaders: Sequence[Row], references: Sequence[Row]) -> Iterator[str]:
+    """How far the leaders are from joint training (or from the best reference there is)."""
+    joint = next((r for r in references if r.label.startswith("joint")), references[0] if references else None)
+    if joint is None or joint.accuracy is None or not leaders:
+        return
+    parts = []
+    for row in leaders:
+        assert row.accuracy is not None
+        points = 100 * (joint.accuracy.mean - row.accuracy.mean)
+        if abs(points) < 0.05:
+            parts.append(f"{row.label} reaches it")
+        else:
+            parts.append(f"{row.label} is {abs(points):.1f} points {'below' if points > 0 else 'above'} it")
+    told = ", which sees all data at once," if joint.label.startswith("joint") else ", a reference,"
+    yield f"{joint.label}{told} reaches {_in_words(joint)}; {_list(parts)}."
+
+
+def _forgot(leaders: Sequence[Row], learners: Sequence[Row]) -> Iterator[str]:
+    naive = _naive(learners)
+    parts = []
+    for row in leaders:
+        stat = row.metrics.get("forgetting")
+        if stat is None:
+            continue
+        points = 100 * stat.mean
+        parts.append(
+            f"{row.label} loses {points:.1f} points of accuracy on earlier experiences"
+            if points >= 0.05
+            else f"{row.label} forgets nothing on average"
+            + (f" (earlier experiences gain {-points:.1f} points)" if points <= -0.05 else "")
+        )
+    if not parts:
+        return
+    against = ""
+    if naive and naive not in leaders and "forgetting" in naive.metrics:
+        against = f" (naive training: {100 * naive.metrics['forgetting'].mean:.1f})"
+    yield f"Forgetting: {_list(parts)}{against}."
+
+
+def _price(leaders: Sequence[Row], learners: Sequence[Row]) -> Iterator[str]:
+    naive = _naive(learners)
+    parts = []
+    for row in leaders:
+        words = []
+        seconds = row.cost.get("train_seconds")
+        base = naive.cost.get("train_seconds") if naive and naive is not row else None
+        if seconds and base and base.mean > 0:
+            words.append(
+                f"{seconds.mean / base.mean:.1f}× naive's training time ({_seconds(seconds.mean)} "
+                f"against {_seconds(base.mean)})"
+            )
+        elif seconds:
+            words.append(f"{_seconds(seconds.mean)} of training")
+        state = row.cost.get("strategy_state_bytes")
+        if state:
+            words.append(f"{_bytes(state.mean)} of its own state" if state.mean else "no state of its own")
+        peak, low = row.cost.get("peak_memory_bytes"), naive.cost.get("peak_memory_bytes") if naive else None
+        if peak and low and naive is not row and low.mean > 0:
+            ratio = peak.mean / low.mean
+            words.append(
+                "as much peak memory as naive" if abs(ratio - 1) < 0.02 else f"{ratio:.2f}× naive's peak memory"
+            )
+        if words:
+            parts.append(f"{row.label} needs {_list(words)}")
+    if parts:
+        yield f"Cost: {'; '.join(parts)}."
+
+
+def _naive(rows: Sequence[Row]) -> Row | None:
+    return next((r for r in rows if r.label == "naive" or any(run.get("strategy") == "naive" for run in r.runs)), None)
+
+
+def _leaders(learners: Sequence[Row]) -> list[Row]:
+    """The best of ``learners`` (sorted) and all whose 95 % interval overlaps its own; just the best with one seed."""
+    measured = [r for r in learners if r.accuracy]
+    if not measured:
+        return []
+    best = measured[0].accuracy
+    assert best is not None
+    if best.n < 2:
+        return measured[:1]
+    rest = [r for r in measured[1:] if r.accuracy and r.accuracy.n > 1 and r.accuracy.high >= best.low]
+    return [measured[0], *rest]
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"'{path.parent}' holds no {path.name}; give the folder of a run or a comparison") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' is damaged ({error}); repeat the run, or leave it out") from None
+    if not isinstance(value, dict):
+        raise UserError(f"'{path}' is damaged (not a JSON object); repeat the run, or leave it out")
+    return value
+
+
+def _run_document(folder: Path) -> dict[str, Any]:
+    run = _document(folder / "run.json")
+    for key, kind in (("scenario", str), ("strategy", str), ("seed", int), ("matrix", list)):
+        if not isinstance(run.get(key), kind):
+            raise UserError(f"'{folder / 'run.json'}' is damaged ('{key}' is missing or wrong); repeat the run")
+    return {"status": "finished", **run, "label": run.get("label") or run["strategy"], "path": str(folder)}
+
+
+def _aggregate(label: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of a comparison: mean, deviation and interval over the finished runs."""
+    from cl_lab.metrics import interval
+
+    row: dict[str, Any] = {"strategy": label, "seeds": [run["seed"] for run in runs]}
+    for group in ("metrics", "cost"):
+        columns: dict[str, list[float]] = {}
+        for run in runs:
+            for name, value in (run.get(group) or {}).items():
+                number = _number(value)
+                if run["status"] == "finished" and number is not None:
+                    columns.setdefault(name, []).append(number)
+        row[group] = {name: interval(values) for name, values in columns.items()}
+    row["reference"] = any(run.get("reference") for run in runs)
+    row["runs"] = list(runs)
+    return row
+
+
+def _rows(comparison: Mapping[str, Any]) -> list[Row]:
+    """The strategies of a comparison in its order, which also gives each its colour."""
+    rows, counts = [], {False: 0, True: 0}
+    for raw in comparison.get("rows") or []:
+        runs = [dict(run) for run in raw.get("runs") or []]
+        done = [run for run in runs if run.get("status", "finished") == "finished"]
+        reference = bool(raw.get("reference"))
+        stats: dict[str, dict[str, Stat]] = {}
+        for group in ("metrics", "cost"):
+            stats[group] = {}
+            for name, value in (raw.get(group) or {}).items():
+                values = [_number((run.get(group) or {}).get(name)) for run in done]
+                n = sum(v is not None for v in values) if runs else len(raw.get("seeds") or [])
+                stat = _stat(value, n)
+                if stat is not None:
+                    stats[group][name] = stat
+        style = _style(counts[reference], reference)
+        counts[reference] += 1
+        rows.append(Row(str(raw.get("strategy")), reference, runs, stats["metrics"], stats["cost"], style, done))
+    return rows
+
+
+def _stat(value: Any, n: int) -> Stat | None:
+    if not isinstance(value, Mapping):
+        value = {"mean": value}
+    mean = _number(value.get("mean"))
+    if mean is None or n == 0:
+        return None
+    bounds = [_number(v) for v in value.get("ci95") or []]
+    half = None
+    if n > 1 and len(bounds) == 2 and bounds[0] is not None and bounds[1] is not None:
+        half = (bounds[1] - bounds[0]) / 2
+    return Stat(mean, n, half)
+
+
+def _style(index: int, reference: bool) -> Style:
+    if reference:
+        (colour, name), (marker, shape, path) = _GREYS[index % len(_GREYS)], _MARKERS[(index + 3) % len(_MARKERS)]
+        dash, dashes = _DASHES[1 + index % 3]
+    else:
+        again = index // len(_COLOURS)
+        (colour, name), (marker, shape, path) = (
+            _COLOURS[index % len(_COLOURS)],
+            _MARKERS[(index + again) % len(_MARKERS)],
+        )
+        dash, dashes = _DASHES[again % len(_DASHES)]
+    return Style(colour, marker, dashes, path, f"{name}, {dash} with {shape}")
+
+
+def _sorted(rows: Sequence[Row], reference: bool) -> list[Row]:
+    """Best first; strategies without a finished run last."""
+    chosen = [r for r in rows if r.reference is reference]
+    return sorted(chosen, key=lambda r: -r.accuracy.mean if r.accuracy else math.inf)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+# -- the page's contents ---------------------------------------------------------------------------------------------
+
+
+def _view(comparison: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list[Picture]]:
+    """All that the templates print, as text, and the pictures."""
+    rows = _rows(comparison)
+    learners, references = _sorted(rows, False), _sorted(rows, True)
+    shown = [r for r in [*learners, *references] if r.done]
+    leaders = {r.label for r in _leaders(learners)}
+    names = _experience_names(rows)
+    charts = _draw(shown, names)
+    several = any(r.accuracy and r.accuracy.n > 1 for r in rows)
+    metrics = [m for m in _MAIN if any(m in r.metrics for r in rows)]
+    every = sorted(
+        {m for r in rows for m in r.metrics}, key=lambda m: (list(METRICS).index(m) if m in METRICS else 99, m)
+    )
+    costs = [c for c in _COSTS if any(c in r.cost for r in rows)]
+    settings, environment = _settings(comparison, folder), _environment(comparison, folder)
+    view = {
+        "title": _title(comparison),
+        "facts": _facts(comparison, rows, names),
+        "headline": headline(comparison),
+        "findings": findings(comparison),
+        "interval_note": (
+            "Mean over the seeds ± half the width of its 95 % confidence interval (Student's t)."
+            if several
+            else "One seed, no interval: differences between strategies may be chance."
+        ),
+        "chance": _number(comparison.get("chance")),
+        "heads": [METRICS[m][0] for m in metrics],
+        "groups": [
+            {
+                "reference": group is references,
+                "rows": [
+                    {
+                        "label": r.label,
+                        "best": r.label in leaders,
+                        "count": _count(r),
+                        "cells": [_percent(r.metrics.get(m)) for m in metrics],
+                    }
+                    for r in group
+                ],
+            }
+            for group in (learners, references)
+            if group
+        ],
+        "unfinished": _unfinished(rows),
+        "legend": [{"label": r.label, "style": r.style, "reference": r.reference} for r in shown],
+        "anytime_legend": [
+            {"label": r.label, "style": r.style, "reference": r.reference}
+            for r in shown
+            if any(run.get("anytime") for run in r.done)
+        ],
+        "charts": charts,
+        "tables": [_matrix_table(r, names) for r in shown if _mean_matrix(r)],
+        "panels_note": _panels_note(names),
+        "cost_heads": [_COSTS[c] for c in costs],
+        "cost_rows": [
+            {"label": r.label, "cells": [_cost(r, c) for c in costs], "ratio": _ratio_to_naive(r, learners)}
+            for r in shown
+        ],
+        "metric_labels": [r.label for r in shown],
+        "metric_rows": [{"name": m, "cells": [_percent(r.metrics.get(m)) for r in shown]} for m in every],
+        "definitions": [
+            (m, *METRICS.get(m, (m, "Described by: cl-lab list metrics")))
+            for m in every
+            if m in METRICS or m not in _MAIN
+        ],
+        "settings": settings,
+        "environment": environment,
+        **_reproduction(comparison, settings, environment, folder),
+    }
+    return view, [p for group in charts.values() for p in group]
+
+
+def _title(comparison: Mapping[str, Any]) -> str:
+    labels = [str(r.get("strategy")) for r in comparison.get("rows") or []]
+    scenario = comparison.get("scenario") or "unnamed stream"
+    return f"{_list(labels) if len(labels) <= 4 else f'{len(labels)} strategies'} on {scenario}"
+
+
+def _facts(comparison: Mapping[str, Any], rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """The line above the headline: what was run."""
+    seeds = sorted(
+        {run["seed"] for row in rows for run in row.runs if "seed" in run}, key=lambda s: (len(str(s)), str(s))
+    )
+    facts = [str(comparison.get("scenario") or "unnamed stream")]
+    if names:
+        facts.append(_plural(len(names), "experience"))
+    facts.append(_plural(len(rows), "strategy", "strategies"))
+    if seeds:
+        listed = ", ".join(map(str, seeds)) if len(seeds) <= 8 else f"{seeds[0]} … {seeds[-1]}"
+        facts.append(f"{_plural(len(seeds), 'seed')} ({listed})" if len(seeds) > 1 else f"seed {listed}")
+    ended = max((str(run["finished"]) for row in rows for run in row.runs if run.get("finished")), default="")
+    if ended:
+        facts.append(ended[:10])
+    return facts
+
+
+def _experience_names(rows: Sequence[Row]) -> list[str]:
+    """What the experiences are called, as the first run that knows says."""
+    for run in (run for row in rows for run in [*row.done, *row.runs]):
+        if run.get("experiences"):
+            return [str(e.get("name") or f"experience {i + 1}") for i, e in enumerate(run["experiences"])]
+        if run.get("matrix"):
+            return [f"experience {i + 1}" for i in range(len(run["matrix"][0]))]
+    return []
+
+
+def _unfinished(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The runs that count in no number, with how far they came and why they stopped."""
+    found = []
+    for row in rows:
+        for run in row.runs:
+            if run in row.done:
+                continue
+            status = str(run.get("status"))
+            total = len(run.get("experiences") or []) or (len(run["matrix"][0]) if run.get("matrix") else 0)
+            why = {"interrupted": "stopped by a signal", "running": "still running, or killed without a word"}
+            found.append(
+                {
+                    "label": row.label,
+                    "seed": run.get("seed"),
+                    "status": status,
+                    "progress": f"{len(run.get('matrix') or [])} of {total or '?'} experiences",
+                    "error": run.get("error") or why.get(status, "no reason recorded"),
+                    "path": run.get("path") or "",
+                }
+            )
+    return found
+
+
+def _mean_matrix(row: Row, part: str = "matrix") -> list[list[float]]:
+    """The accuracy matrix averaged over the finished runs (``initial``: the row before training, as one row)."""
+    import numpy as np
+
+    matrices = [np.asarray(m) for m in _matrices(row, part)]
+    same = [m for m in matrices if m.shape == matrices[0].shape]
+    return [[float(v) for v in r] for r in np.mean(same, axis=0)] if same else []
+
+
+def _matrix_table(row: Row, names: Sequence[str]) -> dict[str, Any]:
+    rows = [("before", r) for r in _mean_matrix(row, "initial")]
+    rows += [(f"after {i + 1}", r) for i, r in enumerate(_mean_matrix(row))]
+    return {
+        "label": row.label,
+        "heads": list(names),
+        "rows": [
+            {"head": head, "cells": [f"{100 * v:.1f}" if math.isfinite(v) else "–" for v in r]} for head, r in rows
+        ],
+    }
+
+
+def _ratio_to_naive(row: Row, learners: Sequence[Row]) -> str:
+    naive = _naive(learners)
+    mine, base = row.cost.get("train_seconds"), naive.cost.get("train_seconds") if naive else None
+    return f"{mine.mean / base.mean:.2f}×" if mine and base and base.mean > 0 else "–"
+
+
+def _folders(comparison: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Where settings and environment may lie: here, in the comparison's folder, in those of its runs."""
+    found = [folder]
+    if comparison.get("path"):
+        found.append(Path(str(comparison["path"])))
+    return found
+
+
+def _settings(comparison: Mapping[str, Any], folder: Path) -> list[dict[str, str]]:
+    """The resolved configuration: the comparison's, or the first run's of each strategy."""
+    for place in _folders(comparison, folder):
+        text = _text(place / "config.yaml")
+        if text is not None:
+            return [{"label": "config.yaml", "text": _without_password(text), "path": str(place / "config.yaml")}]
+    found = []
+    for row in comparison.get("rows") or []:
+        for run in row.get("runs") or []:
+            text = _text(_run_folder(run, folder) / "config.yaml")
+            if text is not None:
+                path = str(_run_folder(run, folder) / "config.yaml")
+                label = f"{row.get('strategy')}, seed {run.get('seed')}"
+                found.append({"label": label, "text": _without_password(text), "path": path})
+                break
+    return found
+
+
+def _environment(comparison: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Facts and package versions of the machine, and the fingerprints of the data; says where runs differ."""
+    places = _folders(comparison, folder)
+    runs = [run for row in comparison.get("rows") or [] for run in row.get("runs") or []]
+    places += [_run_folder(run, folder) for run in runs]
+    found: list[dict[str, Any]] = []
+    for place in dict.fromkeys(places):
+        text = _text(place / "environment.json")
+        with contextlib.suppress(ValueError):
+            value = json.loads(text) if text else None
+            if isinstance(value, dict):
+                found.append(value)
+    prints = {f"seed {run.get('seed')}": str(run["fingerprint"]) for run in runs if run.get("fingerprint")}
+    if len(set(prints.values())) == 1:
+        prints = {"data fingerprint": next(iter(prints.values()))}
+    else:
+        prints = {f"data fingerprint, {seed}": value for seed, value in prints.items()}
+    first = found[0] if found else {}
+    packages = first.get("packages") if isinstance(first.get("packages"), dict) else {}
+    facts = {str(k).replace("_", " "): v for k, v in first.items() if k != "packages" and v not in (None, "", {}, [])}
+    return {
+        "facts": [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in facts.items()] + sorted(prints.items()),
+        "packages": sorted((str(k), str(v)) for k, v in (packages or {}).items()),
+        "commit": str(first.get("git_commit") or ""),
+        "differs": any(other.get("packages") != first.get("packages") for other in found[1:]),
+    }
+
+
+def _reproduction(
+    comparison: Mapping[str, Any], settings: Sequence[Mapping[str, str]], environment: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """The commands that measure this again, and that write this page again."""
+    commands = []
+    if environment["commit"]:
+        commands.append(f"git checkout {shlex.quote(environment['commit'])}")
+    for setting in settings:
+        compare = re.search(r"^strategies:\s*(\n|\[)", setting["text"], re.MULTILINE) is not None
+        commands.append(f"cl-lab {'compare' if compare else 'run'} {shlex.quote(setting['path'])}")
+    return {"commands": commands, "folder": str(comparison.get("path") or folder)}
+
+
+def _run_folder(run: Mapping[str, Any], folder: Path) -> Path:
+    """A run's folder, also where the comparison was moved or copied since."""
+    path = Path(str(run.get("path") or ""))
+    moved = folder / "runs" / path.name
+    return moved if path.name and moved.is_dir() else path
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def _without_password(text: str) -> str:
+    from cl_lab.tracking import without_password
+
+    return without_password(text)
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _draw(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Picture]]:
+    """Every chart, by the section it stands in; a section without data gets an empty list."""
+    charts: dict[str, list[Picture]] = {"average": [], "matrices": [], "tasks": [], "anytime": [], "cost": []}
+    measured = [r for r in rows if _mean_matrix(r)]
+    if not measured:
+        return charts
+    finals = _list([f"{r.label} {_in_words(r)}" for r in measured if r.accuracy])
+    charts["average"].append(
+        _picture(
+            "average",
+            "Average accuracy on all experiences learnt so far, %",
+            f"Line chart. After the last experience: {finals}.",
+            (6.6, 3.5),
+            partial(_draw_average, rows=measured),
+        )
+    )
+    for n, row in enumerate(measured, 1):
+        matrix = _mean_matrix(row)
+        size = 2.1 + 0.28 * min(len(matrix[0]), 5)
+        last = ", ".join(f"{100 * v:.0f}" for v in matrix[-1])
+        charts["matrices"].append(
+            _picture(
+                f"matrix-{n}",
+                row.label,
+                f"Heat map of {row.label}. Last row, accuracy in per cent per experience: {last}.",
+                (size, size * 0.92),
+                partial(_draw_matrix, initial=_mean_matrix(row, "initial"), matrix=matrix),
+            )
+        )
+    for j in _chosen(len(names)):
+        ends = [f"{r.label} {100 * _mean_matrix(r)[-1][j]:.0f} %" for r in measured if j < len(_mean_matrix(r)[-1])]
+        charts["tasks"].append(
+            _picture(
+                f"task-{j + 1}",
+                f"{j + 1}. {names[j]}",
+                f"Line chart of the accuracy on experience {j + 1}. At the end: {_list(ends)}.",
+                (2.7, 1.9),
+                partial(_draw_task, rows=measured, j=j),
+            )
+        )
+    sampled = [r for r in measured if any(run.get("anytime") for run in r.done)]
+    if sampled:
+        charts["anytime"].append(
+            _picture(
+                "anytime",
+                "Average accuracy on the experiences met so far, during training, %",
+                f"Line chart over training steps of {_list([r.label for r in sampled])}.",
+                (6.6, 3.3),
+                partial(_draw_anytime, rows=sampled),
+            )
+        )
+    for name, caption in (
+        ("train_seconds", "Average accuracy against training time"),
+        ("strategy_state_bytes", "Average accuracy against bytes of strategy state"),
+    ):
+        placed = [r for r in measured if r.accuracy and name in r.cost]
+        if placed:
+            told = _list([f"{r.label} {_in_words(r)} at {_cost(r, name)}" for r in placed])
+            charts["cost"].append(
+                _picture(
+                    f"cost-{name.replace('_', '-')}",
+                    caption,
+                    f"Scatter chart: {told}.",
+                    (4.2, 3.1),
+                    partial(_draw_cost, rows=placed, name=name),
+                )
+            )
+    return charts
+
+
+def _picture(name: str, caption: str, alt: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> Picture:
+    """Draw on fresh axes and keep the SVG twice: as a part of the page, and as a file.
+
+    No text that users provide stands inside the drawing; captions and legends are the page's, which escapes them.
+    """
+    import io
+
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    settings: Any = {
+        "svg.hashsalt": f"cl-lab-{name}",
+        "svg.fonttype": "none",
+        "font.size": 10,
+        "font.family": ["DejaVu Sans"],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#888888",
+        "axes.labelcolor": "#333333",
+        "xtick.color": "#888888",
+        "ytick.color": "#888888",
+        "xtick.labelcolor": "#333333",
+        "ytick.labelcolor": "#333333",
+        "axes.grid": False,
+        "grid.color": "#e6e6e6",
+        "lines.linewidth": 1.8,
+        "lines.markersize": 5.5,
+    }
+    with mpl.rc_context(), warnings.catch_warnings():
+        mpl.rcdefaults()
+        mpl.rcParams.update(settings)
+        warnings.filterwarnings("ignore", "Matplotlib is currently using", UserWarning)
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    text = text[text.index("<svg") :].strip()
+    # On one page with others: ids of its own, no style that would reach beyond it, no declarations HTML does not need.
+    inline = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    inline = re.sub(r'\sid="([^"]+)"', rf' id="{name}-\1"', inline)
+    inline = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", inline)
+    inline = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', inline)
+    inline = re.sub(r'xlink:href="', 'href="', inline)
+    inline = re.sub(r'\s(?:xmlns(?::xlink)?|version)="[^"]*"', "", inline)
+    inline = re.sub(
+        r'(<svg)( width="[\d.]+pt")( height="[\d.]+pt")',
+        rf'\1 role="img" aria-label="{html.escape(alt)}"',
+        inline,
+        count=1,
+    )
+    return Picture(name, caption, alt, inline, f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n')
+
+
+def _band(
+    axes: Axes, row: Row, xs: Sequence[float], samples: Sequence[Sequence[float]], *, small: bool = False
+) -> None:
+    """One strategy's mean curve over its runs (``samples[x]``: the values at one x), with its interval as a band."""
+    from cl_lab.metrics import interval
+
+    stats = [interval(values) for values in samples]
+    colour = row.style.colour
+    means = [100 * s["mean"] for s in stats]
+    every = max(1, len(xs) // 12)
+    axes.plot(
+        xs,
+        means,
+        color=colour,
+        linestyle=row.style.line,
+        marker=row.style.marker,
+        markevery=every,
+        markersize=3.5 if small else 5.5,
+        linewidth=1.3 if small else 1.8,
+        zorder=2 if row.reference else 3,
+    )
+    if any(len(values) > 1 for values in samples):
+        low, high = ([100 * s["ci95"][side] for s in stats] for side in (0, 1))
+        axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0, zorder=1)
+
+
+def _percent_axis(axes: Axes) -> None:
+    axes.set_ylim(-3, 103)
+    axes.set_yticks([0, 25, 50, 75, 100])
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+
+
+def _draw_average(axes: Axes, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    longest = 1
+    for row in rows:
+        matrices = _matrices(row)
+        count = min(len(m) for m in matrices)
+        longest = max(longest, count)
+        samples = [[_seen(m, i) for m in matrices] for i in range(count)]
+        _band(axes, row, list(range(1, count + 1)), samples)
+    _percent_axis(axes)
+    axes.set_xlim(0.8, longest + 0.2)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlabel("experiences learnt")
+    axes.set_ylabel("accuracy, %")
+
+
+def _draw_matrix(axes: Axes, initial: Sequence[Sequence[float]], matrix: Sequence[Sequence[float]]) -> None:
+    """Rows: before training, then after each experience; columns: the experience tested on; a stair on the diagonal."""
+    import numpy as np
+
+    extra = len(initial)
+    values = 100 * np.asarray([*initial, *matrix])
+    height, width = values.shape
+    many = max(height, width) > _VECTOR_CELLS
+    axes.pcolormesh(
+        np.arange(width + 1) - 0.5,
+        np.arange(height + 1) - 0.5,
+        np.ma.masked_invalid(values),
+        vmin=0,
+        vmax=100,
+        cmap="Blues",
+        edgecolors="none" if many else "white",
+        linewidth=0 if many else 0.8,
+        rasterized=many,
+    )
+    if width <= _NUMBERED_CELLS and height <= _NUMBERED_CELLS + 1:
+        for i in range(height):
+            for j in range(width):
+                if math.isfinite(values[i, j]):
+                    colour = "#ffffff" if values[i, j] > 55 else "#222222"
+                    size = 9 if width <= 6 else 7
+                    axes.text(j, i, f"{values[i, j]:.0f}", ha="center", va="center", color=colour, fontsize=size)
+    stair = min(width, height - extra)
+    xs = [x for k in range(stair) for x in (k - 0.5, k + 0.5)]
+    ys = [y for k in range(stair) for y in (k + extra - 0.5,) * 2]
+    axes.plot(xs, ys, color="#d55e00", linewidth=1.4, solid_capstyle="butt")
+    axes.invert_yaxis()
+    step = max(1, math.ceil(width / 10))
+    axes.set_xticks(range(0, width, step), [str(j + 1) for j in range(0, width, step)])
+    labels = (["–"] if extra else []) + [str(i + 1) for i in range(height - extra)]
+    keep = sorted({*range(extra, height, step), *range(extra)})
+    axes.set_yticks(keep, [labels[i] for i in keep])
+    axes.tick_params(length=0)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.set_xlabel("tested on")
+    axes.set_ylabel("after learning")
+
+
+def _draw_task(axes: Axes, rows: Sequence[Row], j: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for row in rows:
+        matrices = [m for m in _matrices(row) if j < len(m[0])]
+        if not matrices:
+            continue
+        count = min(len(m) for m in matrices)
+        samples = [[m[i][j] for m in matrices] for i in range(count)]
+        xs = list(range(1, count + 1))
+        initial = [r[0][j] for r in _matrices(row, "initial") if j < len(r[0])]
+        if len(initial) == len(matrices):
+            xs, samples = [0, *xs], [initial, *samples]
+        _band(axes, row, xs, samples, small=True)
+    axes.axvline(j + 1, color="#999999", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+    _percent_axis(axes)
+    axes.set_yticks([0, 50, 100])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
+
+
+def _draw_anytime(axes: Axes, rows: Sequence[Row]) -> None:
+    boundaries: set[int] = set()
+    for row in rows:
+        curves: list[dict[int, float]] = []
+        for run in row.done:
+            curve = {}
+            previous = None
+            for point in run.get("anytime") or []:
+                current = int(point.get("experience", 0))
+                scores = [v for v in map(_number, (point.get("accuracies") or [])[: current + 1]) if v is not None]
+                if scores:
+                    curve[int(point.get("step", 0))] = sum(scores) / len(scores)
+                if previous is not None and current != previous:
+                    boundaries.add(int(point.get("step", 0)))
+                previous = current
+            if curve:
+                curves.append(curve)
+        steps = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
+        if steps:
+            _band(axes, row, steps, [[c[s] for c in curves] for s in steps], small=True)
+    if len(boundaries) <= 50:
+        for step in sorted(boundaries):
+            axes.axvline(step, color="#999999", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+    _percent_axis(axes)
+    axes.set_xlabel("training steps")
+    axes.set_ylabel("accuracy, %")
+
+
+def _draw_cost(axes: Axes, rows: Sequence[Row], name: str) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    positive = [r.cost[name].mean for r in rows if r.cost[name].mean > 0]
+    top = max(positive, default=1.0)
+    units = _BYTE_UNITS if name.endswith("bytes") else _TIME_UNITS
+    unit, size = next((u for u in units if top >= u[1]), units[-1])
+    for row in rows:
+        assert row.accuracy is not None
+        axes.errorbar(
+            row.cost[name].mean / size,
+            100 * row.accuracy.mean,
+            yerr=None if row.accuracy.half is None else 100 * row.accuracy.half,
+            color=row.style.colour,
+            marker=row.style.marker,
+            markersize=8,
+            capsize=3,
+            elinewidth=1.2,
+            linestyle="none",
+            zorder=3,
+        )
+    if len(positive) > 1 and top / min(positive) > 30:
+        axes.set_xscale("symlog", linthresh=min(positive) / size)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(left=-0.2 * min(positive) / size)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.set_xlim(-0.05 * top / size, 1.1 * top / size)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v >= 0 else ""))
+    _percent_axis(axes)
+    axes.set_xlabel(f"{'strategy state' if name.endswith('bytes') else 'training time'}, {unit}")
+    axes.set_ylabel("accuracy, %")
+
+
+def _matrices(row: Row, part: str = "matrix") -> list[list[list[float]]]:
+    """The matrices of the finished runs that are whole (``initial``: the row before training, as one row)."""
+    found = []
+    for run in row.done:
+        matrix = run.get(part) or []
+        if part == "initial":
+            matrix = [matrix] if matrix else []
+        if matrix and all(_number(v) is not None for r in matrix for v in r):
+            found.append(matrix)
+    return found
+
+
+def _seen(matrix: Sequence[Sequence[float]], i: int) -> float:
+    learnt = matrix[i][: i + 1]
+    return sum(learnt) / len(learnt)
+
+
+def _chosen(count: int) -> list[int]:
+    """The experiences that get a panel: all, or evenly spaced ones with the first and the last among them."""
+    if count <= _MOST_PANELS:
+        return list(range(count))
+    return sorted({round(k * (count - 1) / (_MOST_PANELS - 1)) for k in range(_MOST_PANELS)})
+
+
+def _panels_note(names: Sequence[str]) -> str:
+    if len(names) <= _MOST_PANELS:
+        return ""
+    return f"{len(_chosen(len(names)))} of the {len(names)} experiences are shown, evenly spaced."
+
+
+# -- words and numbers -----------------------------------------------------------------------------------------------
+
+
+def _percent(stat: Stat | None) -> str:
+    if stat is None:
+        return "–"
+    mean = f"{100 * stat.mean:.1f}".replace("-", "−")
+    mean = "0.0" if mean == "−0.0" else mean
+    return mean if stat.half is None else f"{mean} ± {100 * stat.half:.1f}"
+
+
+def _in_words(row: Row) -> str:
+    """``91.3 % ± 0.8``: a row's average accuracy inside a sentence."""
+    mean, sign, half = _percent(row.accuracy).partition(" ± ")
+    return f"{mean} %{sign}{half}"
+
+
+def _cost(row: Row, name: str) -> str:
+    stat = row.cost.get(name)
+    if stat is None:
+        return "–"
+    if name.endswith("_bytes"):
+        return _bytes(stat.mean)
+    if name == "samples_per_second" or name.endswith("parameters"):
+        return f"{stat.mean:,.0f}".replace(",", "\u202f")
+    return _seconds(stat.mean)
+
+
+def _count(row: Row) -> str:
+    return str(len(row.done)) if len(row.done) == len(row.runs) else f"{len(row.done)} of {len(row.runs)}"
+
+
+def _bytes(value: float) -> str:
+    """Human-readable bytes."""
+    if value < 1024:
+        return f"{value:.0f} B" if value else "0"
+    for unit in ("KiB", "MiB", "GiB"):
+        value /= 1024
+        if value < 1024 or unit == "GiB":
+            break
+    return f"{value:.0f} {unit}" if value >= 100 or value == int(value) else f"{value:.1f} {unit}"
+
+
+def _seconds(value: float) -> str:
+    """Human-readable seconds."""
+    if value < 100:
+        return f"{value:.3g} s" if value < 1 else f"{value:.1f} s".replace(".0 s", " s")
+    if value < 3600:
+        return f"{int(value // 60)} min {int(value % 60)} s"
+    return f"{int(value // 3600)} h {int(value % 3600 // 60)} min"
+
+
+def _plural(count: int, word: str, words: str | None = None) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {words or word + 's'}"
+
+
+def _list(items: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join(items) if len(items) < 3 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def _markdown(value: Any) -> str:
+    """Any value as Markdown that shows it literally: no HTML, no emphasis, no link, no cell border, on one line."""
+    text = " ".join(html.escape(str(value), quote=False).split(" ")).replace("\r", "").replace("\n", " ")
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)
+
+
+def _fenced(text: str) -> str:
+    """``text`` as a code block that it cannot break out of."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"{fence}\n{text.rstrip()}\n{fence}"

@@ -1,0 +1,434 @@
+"""The training loop: a stream meets a model, a strategy tries to keep the model from forgetting, the damage is measured.
+
+What the loop promises: the test stream chooses nothing; the same configuration and seed give the same score matrix; and
+a run that is killed at any moment and resumed ends in that same matrix, bit for bit (one process).
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cl_lab import checkpoint, seeding
+from cl_lab.augmentation import crop_flip, transformed_batches
+from cl_lab.chain import Chain
+from cl_lab.config import RunConfig, TrainingConfig
+from cl_lab.errors import Interrupted, TrainingError
+from cl_lab.learner import EngineLearner, warm_up
+from cl_lab.protocols import state_bytes
+from cl_lab.records import Batch, Experience, State, Stream, TensorData
+
+_LOSS_POINTS = 50  # loss values logged per experience, at most
+_GPU_CHECK_EVERY = 50  # steps between looks at the loss where looking stops the device
+
+
+class Observer(Protocol):
+    """What the trainer tells the outside while it works."""
+
+    def started(self, total_steps: int, done_steps: int) -> None:
+        """Training is about to begin or go on."""
+
+    def stepped(self, experience: Experience, step: int, loss: float | None) -> None:
+        """One optimiser step is done; ``loss`` is given at log points."""
+
+    def scored(self, record: Record) -> None:
+        """A row of the score matrix is known (or ``initial``)."""
+
+
+class Silent:
+    """An observer that keeps quiet."""
+
+    def started(self, total_steps: int, done_steps: int) -> None:
+        """Nothing."""
+
+    def stepped(self, experience: Experience, step: int, loss: float | None) -> None:
+        """Nothing."""
+
+    def scored(self, record: Record) -> None:
+        """Nothing."""
+
+
+@dataclass
+class Record:
+    """Everything measured so far. ``matrix[i][j]`` is the accuracy on experience j's test set after learning i."""
+
+    initial: list[float] = field(default_factory=list)
+    matrix: list[list[float]] = field(default_factory=list)
+    anytime: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[dict[str, Any]] = field(default_factory=list)
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    samples: int = 0
+    steps: int = 0
+    peak_memory_bytes: int = 0
+    strategy_state_bytes: int = 0
+    trainable_parameters: int = 0
+
+    def cost(self) -> dict[str, float]:
+        """What the run cost, in seconds, samples per second, bytes and scalars."""
+        return {
+            "train_seconds": self.train_seconds,
+            "eval_seconds": self.eval_seconds,
+            "samples_per_second": self.samples / self.train_seconds if self.train_seconds else 0.0,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "strategy_state_bytes": self.strategy_state_bytes,
+            "trainable_parameters": self.trainable_parameters,
+        }
+
+
+@dataclass
+class _Position:
+    """Where the run stands; with the rest of the checkpoint it says exactly what comes next."""
+
+    experience: int = 0
+    step: int = 0  # inside the experience
+    begun: bool = False  # before_experience has been called
+    best: float = -1.0  # early stopping
+    stale: int = 0  # epochs without a better validation accuracy
+
+
+class Trainer:
+    """Runs one stream through one learner and strategy.
+
+    ``stop`` is asked at every step and returns the name of a signal that wants the run to end. ``checkpoints`` is the
+    folder for checkpoints, or ``None`` for none.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        learner: EngineLearner,
+        strategy: Chain,
+        config: RunConfig,
+        seed: int,
+        *,
+        observer: Observer | None = None,
+        checkpoints: Path | None = None,
+        stop: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.stream, self.learner, self.strategy, self.config, self.seed = stream, learner, strategy, config, seed
+        self.observer: Observer = observer or Silent()
+        self.checkpoints = checkpoints if config.checkpoint.enabled else None
+        self.stop = stop
+        self.record = Record()
+        self._position = _Position()
+        self._best: State = {}
+        self._batch_mixes = strategy.overrides("mix")
+        self._loss_adjusts = strategy.overrides("adjust_loss")
+        self._gradient_adjusts = strategy.overrides("adjust_gradients")
+        self._after_steps = strategy.overrides("after_step")
+        self._check_every = 1 if learner.device.type == "cpu" else _GPU_CHECK_EVERY
+
+    # --- the run ------------------------------------------------------------------------------------------------
+
+    def run(self) -> Record:
+        """Learn the whole stream from where :attr:`record` stands; returns the record.
+
+        Raises :class:`TrainingError` for a loss that is not finite, :class:`Interrupted` after a signal; either way the
+        record and the last checkpoint hold everything so far.
+        """
+        warm_up(self.learner.device)
+        done = self.record.steps
+        self.observer.started(done + self._steps_left(), done)
+        if not self.record.initial:
+            self.record.initial = self._score()
+            self.observer.scored(self.record)
+        for experience in self.stream.experiences[self._position.experience :]:
+            with self._timed("train_seconds"):
+                self._learn(experience)
+            self.record.matrix.append(self._score())
+            self.record.trainable_parameters = self.learner.trainable_parameters
+            self.record.strategy_state_bytes = state_bytes(self.strategy.state_dict())
+            self.record.peak_memory_bytes = max(self.record.peak_memory_bytes, _peak_memory(self.learner.device))
+            self._position = _Position(experience=experience.index + 1)
+            if not self.strategy.reference:
+                experience.release()
+            self._save()
+            self.observer.scored(self.record)
+        return self.record
+
+    def _learn(self, experience: Experience) -> None:
+        strategy, learner, told = self.strategy, self.learner, self.stream.boundaries
+        if not self._position.begun:
+            if told:
+                learner.observe(experience.classes)
+            # Without told boundaries a fresh optimiser would betray them.
+            learner.begin(fresh=told and self.config.training.optimizer_state == "fresh")
+            if told:
+                strategy.before_experience(experience, learner)
+            self._position.begun = True
+        data = strategy.training_set(experience, learner) if told else experience.train
+        if data is not None:
+            if told:
+                learner.observe_labels(data.y)  # joint training meets every class in the first experience
+            self._iterate(experience, data)
+        if told:
+            strategy.after_experience(experience, learner)
+
+    def _iterate(self, experience: Experience, data: TensorData) -> None:
+        t, position, learner = self.config.training, self._position, self.learner
+        data, held = self._split(data, experience)
+        per_epoch = math.ceil(len(data) / t.batch_size)
+        total = self._steps_of(experience, len(data))
+        log_every = math.ceil(total / _LOSS_POINTS)
+        moving_lr = t.schedule != "constant" or t.warmup_steps > 0
+        learner.train_mode()
+        running, counted = torch.zeros((), device=learner.device), 0
+        for step, batch in self._batches(data, experience, range(position.step, total), per_epoch):
+            if moving_lr:
+                learner.set_lr(learning_rate(t, step, total))
+            running += self._train_step(batch, experience, step)
+            counted += 1
+            position.step = step + 1
+            self.record.steps += 1
+            self.record.samples += batch.current
+            if position.step % self._check_every == 0 or position.step in (per_epoch, total):
+                self._check(running, experience, step, per_epoch)
+            loss = None
+            if position.step % log_every == 0 or position.step == total:
+                loss = float(learner.reduce(running)) / counted / learner.world
+                loss += self.strategy.penalty(learner)
+                self.record.losses.append(
+                    {
+                        "step": self.record.steps,
+                        "experience": experience.index,
+                        "epoch": step // per_epoch,
+                        "loss": loss,
+                    }
+                )
+                running, counted = torch.zeros((), device=learner.device), 0
+            self.observer.stepped(experience, position.step, loss)
+            if t.patience is not None and position.step % per_epoch == 0 and self._out_of_patience(held):
+                break
+            self._between_steps(experience, position.step == total)
+        if self._best:
+            learner.set_weights(self._best)
+            self._best = {}
+
+    def _train_step(self, batch: Batch, experience: Experience, step: int) -> Tensor:
+        """One optimiser step on a global batch; returns this rank's detached loss."""
+        learner, strategy = self.learner, self.strategy
+        if not self.stream.boundaries:
+            learner.observe_labels(batch.y)
+        if self._batch_mixes:
+            batch = strategy.mix(batch, learner)
+        if self.config.training.augmentation == "crop-flip":
+            batch.x = crop_flip(batch.x, self.seed, experience.index, step)
+        pieces = learner.pieces(learner.rows(batch))
+        total: Tensor | None = None
+        for i, piece in enumerate(pieces):
+            piece = piece.to(learner.device)
+            outputs = learner.forward(piece)
+            loss = learner.loss(outputs, piece)
+            if self._loss_adjusts:
+                loss = strategy.adjust_loss(loss, batch=piece, outputs=outputs, learner=learner)
+            learner.backward(loss, last=i + 1 == len(pieces))
+            total = loss.detach() if total is None else total + loss.detach()
+        if self._gradient_adjusts:
+            strategy.adjust_gradients(learner)
+        learner.step()
+        if self._after_steps:
+            strategy.after_step(learner)
+        assert total is not None
+        return total
+
+    # --- what surrounds a step ------------------------------------------------------------------------------------
+
+    def _batches(
+        self, data: TensorData, experience: Experience, steps: range, per_epoch: int
+    ) -> Iterator[tuple[int, Batch]]:
+        size, augmentation = self.config.training.batch_size, self.config.training.augmentation
+        order, held = torch.empty(0, dtype=torch.int64), -1
+
+        def plan(step: int) -> tuple[Tensor, int]:
+            nonlocal order, held
+            epoch, place = divmod(step, per_epoch)
+            if epoch != held:
+                order = seeding.permutation(len(data), self.seed, "order", experience.index, epoch)
+                held = epoch
+            return order[place * size : (place + 1) * size], epoch
+
+        if augmentation not in ("none", "crop-flip"):
+            seed = seeding.derive(self.seed, "augment", experience.index)
+            workers = self.config.training.workers
+            yield from zip(
+                steps,
+                transformed_batches(data, augmentation, plan, steps, seed=seed, workers=workers),
+                strict=True,
+            )
+            return
+        for step in steps:
+            yield step, data.batch(*plan(step))
+
+    def _split(self, data: TensorData, experience: Experience) -> tuple[TensorData, TensorData | None]:
+        share = self.config.training.validation
+        if share == 0:
+            return data, None
+        order = seeding.permutation(len(data), self.seed, "validation", experience.index)
+        n = max(1, round(share * len(data)))
+        if n >= len(data):
+            raise TrainingError(
+                f"training.validation = {share}: leaves no sample to train on of the {len(data)} in {experience!r}"
+            )
+        return data.take(order[n:]), data.take(order[:n])
+
+    def _out_of_patience(self, held: TensorData | None) -> bool:
+        assert held is not None
+        assert self.config.training.patience is not None
+        accuracy = self.learner.accuracy(held, self.config.evaluation.batch_size)
+        self.learner.train_mode()
+        if accuracy > self._position.best:
+            self._position.best, self._position.stale = accuracy, 0
+            self._best = dict(self.learner.weights())
+        else:
+            self._position.stale += 1
+        return self._position.stale >= self.config.training.patience
+
+    def _between_steps(self, experience: Experience, ends: bool) -> None:
+        """Anytime evaluation, checkpoints and signals; ``ends`` is the last step, after which a row is scored anyway."""
+        every = self.config.evaluation.every_steps
+        if every is not None and self._position.step % every == 0:
+            accuracies = self._score(experience.index + 1)
+            self.record.anytime.append(
+                {"step": self.record.steps, "experience": experience.index, "accuracies": accuracies}
+            )
+            self.learner.train_mode()
+        signal_name = self._asked_to_stop()
+        if signal_name is not None:
+            path = self._save()
+            raise Interrupted(signal_name, str(path or "memory only (checkpoint.enabled=false)"))
+        every = self.config.checkpoint.every_steps
+        if every is not None and self._position.step % every == 0 and not ends:
+            self._save()
+
+    def _asked_to_stop(self) -> str | None:
+        name = self.stop()
+        if self.learner.world == 1:
+            return name
+        # Ranks must agree on the step at which they stop, or the others wait for ever.
+        if self._position.step % 10:
+            return None
+        asked = int(self.learner.reduce(torch.tensor(int(name is not None), device=self.learner.device)))
+        return (name or "a signal to another rank") if asked else None
+
+    def _check(self, running: Tensor, experience: Experience, step: int, per_epoch: int) -> None:
+        if math.isfinite(value := float(running)):
+            return
+        t = self.config.training
+        raise TrainingError(
+            f"the loss became {value} in experience {experience.index} ('{experience.name}'), epoch {step // per_epoch}, "
+            f"step {step} with training.lr={t.lr}; lower training.lr (or the strategy's strength), or set training.clip_norm"
+        )
+
+    def _score(self, first: int | None = None) -> list[float]:
+        """Accuracy on the test set of every experience (or the ``first`` so many), each in [0, 1]."""
+        with self._timed("eval_seconds"):
+            size = self.config.evaluation.batch_size
+            return [self.learner.accuracy(e.test, size) for e in self.stream.experiences[:first]]
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Count the block's time under ``name``; evaluations and saves inside a training block do not count as training."""
+        others = self.record.eval_seconds + self._save_seconds
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            inner = self.record.eval_seconds + self._save_seconds - others
+            setattr(self.record, name, getattr(self.record, name) + time.perf_counter() - start - inner)
+
+    _save_seconds = 0.0
+
+    # --- survival -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> State:
+        """The whole run: learner, strategy, every generator, position and record."""
+        return {
+            "learner": self.learner.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "rng": seeding.global_state(),
+            "position": dict(vars(self._position)),
+            "record": dict(vars(self.record)),
+            "best": dict(self._best),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        learner, strategy, rng, position, record, best = (
+            state[k] for k in ("learner", "strategy", "rng", "position", "record", "best")
+        )
+        for part in (learner, strategy, rng, position, record, best):
+            assert isinstance(part, dict)
+        self.learner.load_state_dict(learner)  # type: ignore[arg-type]
+        self.strategy.load_state_dict(strategy)  # type: ignore[arg-type]
+        self._position = _Position(**position)  # type: ignore[arg-type]
+        self.record = Record(**record)  # type: ignore[arg-type]
+        self._best = best  # type: ignore[assignment]
+        if self.learner.rank == 0:
+            seeding.restore_global_state(rng)  # type: ignore[arg-type]
+        else:  # other ranks' dropout masks are not saved; give each its own
+            seeding.seed_everything(seeding.derive(self.seed, "resume", self.learner.rank, self.record.steps))
+
+    def _save(self) -> Path | None:
+        if self.checkpoints is None:
+            return None
+        start = time.perf_counter()
+        state = self.state_dict()  # every rank takes part: ZeRO gathers what it has sharded
+        path = None
+        if self.learner.rank == 0:
+            suffix = f"-{self._position.experience:05d}"
+            path = checkpoint.save(
+                self.checkpoints, self.record.steps, state, self.config.checkpoint.keep, suffix=suffix
+            )
+        self._save_seconds += time.perf_counter() - start
+        return path
+
+    # --- counting -----------------------------------------------------------------------------------------------
+
+    def _steps_of(self, experience: Experience, samples: int) -> int:
+        t = self.config.training
+        if t.iterations is not None:
+            return t.iterations * self.strategy.budget(experience, self.learner)
+        return t.epochs * math.ceil(samples / t.batch_size)
+
+    def _steps_left(self) -> int:
+        """An estimate for the progress bar: exact for strategies that train on the experience's own samples."""
+        left = self.stream.experiences[self._position.experience :]
+        if self.config.training.iterations is not None:
+            return self.config.training.iterations * len(left) - self._position.step
+        size = len(left[0].train) if left else 0
+        share = 1 - self.config.training.validation
+        per_epoch = math.ceil(size * share / self.config.training.batch_size)
+        return per_epoch * self.config.training.epochs * len(left) - self._position.step
+
+
+def learning_rate(t: TrainingConfig, step: int, total: int) -> float:
+    """The learning rate of ``step`` (from 0) of an experience of ``total`` steps; a pure function, never saved."""
+    if step < t.warmup_steps:
+        return t.lr * (step + 1) / t.warmup_steps
+    done = (step - t.warmup_steps) / max(1, total - t.warmup_steps)
+    if t.schedule == "cosine":
+        return t.lr * (1 + math.cos(math.pi * done)) / 2
+    if t.schedule == "linear":
+        return t.lr * (1 - done)
+    if t.schedule == "step":
+        return t.lr * math.prod(t.decay for milestone in t.milestones if done >= milestone)
+    return t.lr
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak resident memory of this process in bytes, or of the GPU where one is used."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,477 @@
+"""Image streams: split, permuted, rotated and recorded-in-sessions versions of the usual sets.
+
+One experience (``experiences: 1``) is the joint stream: everything at once, the upper bound of every method.
+
+Class order, permutations, angles and draws come from generators of their own, so a stream depends on its knobs and its
+seed only. Each experience indexes (and permutes, rotates, pads) its images when it is first used.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cl_lab.errors import ConfigError
+from cl_lab.knobs import knob
+from cl_lab.protocols import Scenario
+from cl_lab.records import Experience, Stream, TensorData
+from cl_lab.seeding import generator, permutation
+
+from . import _avalanche, _sources
+from ._sources import ImageSet
+
+Incremental = Literal["class", "task", "domain"]
+
+
+# -- what an experience is made of ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One experience before its tensors exist: which rows, which output each class has, what happens to the pixels.
+
+    ``rows`` holds int64 row numbers per part, ``outputs`` int64 ``[n_classes]`` maps a class of the set to an output
+    (−1: not here), ``transform`` maps uint8 ``[N, C, H, W]`` to the same shape and dtype.
+    """
+
+    name: str
+    rows: _avalanche.Rows
+    outputs: Tensor
+    task: int = 0
+    transform: Callable[[Tensor], Tensor] | None = None
+
+
+def _materialise(images: ImageSet, part: str, plan: _Plan, pad: int) -> TensorData:
+    """The tensors of one part of an experience: one indexing of the set, then padding and the transform."""
+    rows = plan.rows[part]
+    x, y = (images.train_x, images.train_y) if part == "train" else (images.test_x, images.test_y)
+    if not _is_all(rows, len(x)):
+        x, y = x[rows], y[rows]
+    if pad:
+        x = functional.pad(x, (pad,) * 4)
+    if plan.transform is not None:
+        x = plan.transform(x)
+    return TensorData(x, plan.outputs[y], torch.full_like(y, plan.task))
+
+
+def _is_all(rows: Tensor, length: int) -> bool:
+    # Then the set itself serves: no copy, and a memory-mapped set stays on disk.
+    return len(rows) == length and bool((rows == torch.arange(length)).all())
+
+
+def limit_rows(rows: Tensor, labels: Tensor, limit: int, rng: torch.Generator) -> Tensor:
+    """At most ``limit`` of ``rows``, drawn so that classes differ by one sample at most (where they have enough).
+
+    ``rows`` is int64 ``[N]``, ``labels`` int64 ``[N]`` their classes; the result is ascending.
+    """
+    if limit >= len(rows):
+        return rows
+    draw = torch.randperm(len(rows), generator=rng)
+    rows, labels = rows[draw], labels[draw]
+    by_class = labels.argsort(stable=True)
+    counts = torch.bincount(labels)
+    first = counts.cumsum(0) - counts
+    rank = torch.empty_like(rows)
+    rank[by_class] = torch.arange(len(rows)) - first[labels[by_class]]
+    return rows[rank.argsort(stable=True)[:limit]].sort().values
+
+
+def permute(x: Tensor, order: Tensor) -> Tensor:
+    """Put pixel ``order[i]`` at place ``i`` in every image of ``x`` (uint8 ``[N, C, H, W]``, ``order`` ``[C·H·W]``)."""
+    return x.flatten(1)[:, order].view_as(x)
+
+
+def rotate(x: Tensor, degrees: float) -> Tensor:
+    """Turn images (uint8 ``[N, C, H, W]``) counter-clockwise about their centre, bilinearly, zeros from outside.
+
+    A multiple of 360° gives ``x`` itself.
+    """
+    if degrees % 360 == 0:
+        return x
+    channels, height, width = x.shape[1:]
+    angle = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    c, s = angle.cos().item(), angle.sin().item()
+    # Grid coordinates run over [-1, 1] on either axis, hence the aspect ratio off the diagonal.
+    theta = torch.tensor([[c, -s * height / width, 0.0], [s * width / height, c, 0.0]])
+    grid = functional.affine_grid(theta.unsqueeze(0), [1, 1, height, width], align_corners=False)
+    out = torch.empty_like(x)
+    step = max(1, (1 << 22) // (channels * height * width))  # 16 MiB of float32 at a time
+    for block, target in zip(torch.split(x, step), torch.split(out, step), strict=True):
+        # All images turn alike, so they go through as the channels of a single one.
+        turned = functional.grid_sample(block.flatten(0, 1).unsqueeze(0).float(), grid, align_corners=False)
+        target.copy_(turned.round_().clamp_(0, 255).view_as(target))
+    return out
+
+
+# -- the scenarios' common part ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Images(Scenario):
+    """Knobs and steps that all image streams share; a subclass says with :meth:`_plan` what the experiences hold."""
+
+    experiences: int = knob(5, "number of experiences; 1 is the joint stream", ge=1)
+    incremental: Incremental = knob(
+        "class",
+        "class: new outputs, task unknown; task: new outputs, task label told; domain: the same outputs throughout",
+    )
+    online: bool = knob(False, "one pass: each sample is seen once")
+    boundaries: bool | None = knob(None, "tell strategies where an experience ends; null: unless online")
+    order_seed: int | None = knob(
+        None, "seed of class order, permutations and drawn angles; null: the run's seed", ge=0
+    )
+    pad: int = knob(0, "zero pixels added on each side (2 makes MNIST 32×32, as in van de Ven's permuted MNIST)", ge=0)
+    train_limit: int | None = knob(None, "training samples per experience, drawn by class with the run's seed", ge=1)
+    test_limit: int | None = knob(None, "test samples per experience, drawn by class; the same for every seed", ge=1)
+    normalise: bool = knob(False, "scale inputs by mean and standard deviation of the training pixels")
+    data_dir: str | None = knob(
+        None, "folder searched first; then $CL_LAB_DATA, ~/.cache/cl-lab/data ($CL_LAB_CACHE), /usr/share/datasets"
+    )
+
+    source: ClassVar[str]
+    """The data set's name in :data:`scenarios._sources.SOURCES`."""
+
+    @classmethod
+    def conformance_knobs(cls) -> dict[str, Any] | None:
+        """``None``: the images are not made up, and a machine need not have them."""
+        return None
+
+    @classmethod
+    def fetch(cls, root: Path | None = None) -> Path:
+        """Download the set below ``root`` (default: the user's cache) where scenarios find it; returns the folder.
+
+        Raises :class:`~cl_lab.errors.DataError` on one line when the download fails.
+        """
+        from ._cache import data_root
+
+        return _sources.fetch(cls.source, data_root() if root is None else Path(root))
+
+    def images(self) -> ImageSet:
+        """The whole set. Raises :class:`~cl_lab.errors.DataError` where it is absent or damaged."""
+        return _sources.load(self.source, self.data_dir)
+
+    def stream(self, seed: int) -> Stream:
+        """The stream for one seed; see :class:`~cl_lab.protocols.Scenario`.
+
+        Samples are uint8 ``[C, H, W]``. Raises :class:`~cl_lab.errors.ConfigError` for knobs that do not fit the set
+        and :class:`~cl_lab.errors.DataError` for absent or damaged data.
+        """
+        images = self.images()
+        plans = self._plan(images, seed if self.order_seed is None else self.order_seed)
+        plans = [self._limited(images, plan, i, seed) for i, plan in enumerate(plans)]
+        channels, height, width = images.train_x.shape[1:]
+        told = self.incremental == "task"
+        if told:
+            labels = {"train": images.train_y, "test": images.test_y}
+            tasks = _avalanche.task_labels(labels, [p.rows for p in plans])
+        experiences = []
+        test_makers: dict[int, Callable[[], TensorData]] = {}
+        for i, plan in enumerate(plans):
+            plan = replace(plan, task=tasks[i]) if told else plan
+            # Experiences that share a test set share its tensors, too.
+            key = id(plan.rows["test"]) if plan.transform is None and not told else -1 - i
+            test = test_makers.setdefault(
+                key, functools.cache(functools.partial(_materialise, images, "test", plan, self.pad))
+            )
+            train = functools.partial(_materialise, images, "train", plan, self.pad)
+            classes = plan.outputs[plan.outputs >= 0].tolist()
+            experiences.append(Experience(i, plan.name, classes, train, test))
+        return Stream(
+            name=type(self).__name__,
+            experiences=tuple(experiences),
+            input_shape=(channels, height + 2 * self.pad, width + 2 * self.pad),
+            n_classes=1 + max(e.classes[-1] for e in experiences),
+            task_labels=told,
+            boundaries=not self.online if self.boundaries is None else self.boundaries,
+            online=self.online,
+            mean=images.mean if self.normalise else None,
+            std=images.std if self.normalise else None,
+        )
+
+    def _plan(self, images: ImageSet, order_seed: int) -> list[_Plan]:
+        """The experiences, in order."""
+        raise NotImplementedError
+
+    def _limited(self, images: ImageSet, plan: _Plan, index: int, seed: int) -> _Plan:
+        rows = dict(plan.rows)
+        if self.train_limit is not None:
+            rng = generator(seed, "train_limit", index)
+            rows["train"] = limit_rows(rows["train"], images.train_y[rows["train"]], self.train_limit, rng)
+        if self.test_limit is not None:
+            rng = generator(0, "test_limit")  # every seed is measured on the same samples
+            rows["test"] = limit_rows(rows["test"], images.test_y[rows["test"]], self.test_limit, rng)
+        return replace(plan, rows=rows)
+
+
+# -- split by class ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Split(_Images):
+    """The classes come in groups. In a domain-incremental split a label is the class's place within its group."""
+
+    shuffle_classes: bool = knob(False, "draw the class order with order_seed; otherwise it is the natural one")
+
+    def _plan(self, images: ImageSet, order_seed: int) -> list[_Plan]:
+        order = torch.arange(images.n_classes)
+        if self.shuffle_classes:
+            order = permutation(images.n_classes, order_seed, "classes")
+        sizes = self._sizes(images.n_classes)
+        labels = {"train": images.train_y, "test": images.test_y}
+        plans = []
+        first = 0
+        for i, rows in enumerate(_avalanche.by_classes(labels, order.tolist(), sizes)):
+            outputs = torch.full((images.n_classes,), -1)
+            start = 0 if self.incremental == "domain" else first
+            group = order[first : first + sizes[i]]
+            outputs[group] = torch.arange(start, start + sizes[i])
+            plans.append(_Plan("classes " + " ".join(map(str, group.tolist())), rows, outputs))
+            first += sizes[i]
+        return plans
+
+    def _sizes(self, n_classes: int) -> list[int]:
+        if n_classes % self.experiences:
+            fitting = [n for n in range(1, n_classes + 1) if n_classes % n == 0]
+            raise ConfigError(
+                f"experiences = {self.experiences}: the {n_classes} classes of {self.source} do not divide evenly; "
+                f"choose one of {', '.join(map(str, fitting))}"
+            )
+        return [n_classes // self.experiences] * self.experiences
+
+
+@dataclass
+class SplitDigits(_Split):
+    """Scikit-learn's 8×8 digits split by class; tiny and always at hand.
+
+    1,797 images (about 80/20, a split that never changes), 5 experiences of 2 digits.
+    """
+
+    source = "digits"
+
+    @classmethod
+    def conformance_knobs(cls) -> dict[str, Any] | None:
+        """A short stream of a few dozen samples."""
+        return {"experiences": 5, "train_limit": 60, "test_limit": 30}
+
+    @classmethod
+    def fetch(cls, root: Path | None = None) -> Path:
+        """Nothing to download: the digits come with scikit-learn. Returns the folder that was asked for."""
+        from ._cache import data_root
+
+        return data_root() if root is None else Path(root)
+
+    def images(self) -> ImageSet:
+        """The whole set."""
+        return _sources.digits()
+
+
+@dataclass
+class SplitMNIST(_Split):
+    """MNIST split by class: 5 experiences of 2 digits.
+
+    The protocol of van de Ven & Tolias (2019): digits in natural order, 28×28, raw pixels. Domain-incremental, its two
+    outputs mean even and odd.
+    """
+
+    source = "mnist"
+
+
+@dataclass
+class SplitFashionMNIST(_Split):
+    """Fashion-MNIST split by class: 5 experiences of 2 kinds of garment."""
+
+    source = "fashion-mnist"
+
+
+@dataclass
+class SplitCIFAR10(_Split):
+    """CIFAR-10 split by class: 5 experiences of 2 classes, 32×32 colour images."""
+
+    source = "cifar10"
+
+
+@dataclass
+class SplitCIFAR100(_Split):
+    """CIFAR-100 split by class: 10 experiences of 10 classes, 32×32 colour images."""
+
+    source = "cifar100"
+    experiences: int = knob(10, "number of experiences; 1 is the joint stream", ge=1)
+
+
+@dataclass
+class SplitTinyImageNet(_Split):
+    """Tiny-ImageNet split by class: 10 experiences of 20 classes, 64×64 colour images.
+
+    Classes follow wnids.txt; the validation images are the test set (the official test set has no labels).
+    """
+
+    source = "tiny-imagenet"
+    experiences: int = knob(10, "number of experiences; 1 is the joint stream", ge=1)
+
+
+# -- the whole set, changed ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Changed(_Images):
+    """Every experience holds the whole set, its pixels changed in another way."""
+
+    experiences: int = knob(10, "number of experiences; 1 is the joint stream", ge=1)
+    incremental: Incremental = knob(
+        "domain",
+        "domain: one output per class; class: each experience has outputs of its own, task unknown; task: … and told",
+    )
+
+    def _plan(self, images: ImageSet, order_seed: int) -> list[_Plan]:
+        labels = {"train": images.train_y, "test": images.test_y}
+        whole = {part: torch.arange(len(y)) for part, y in labels.items()}
+        outputs = torch.arange(images.n_classes)
+        plans = []
+        changes = self._changes(images, order_seed)
+        for i, (rows, (name, transform)) in enumerate(
+            zip(_avalanche.by_rows(labels, [whole] * self.experiences), changes, strict=True)
+        ):
+            start = 0 if self.incremental == "domain" else i * images.n_classes
+            plans.append(_Plan(name, rows, outputs + start, transform=transform))
+        return plans
+
+    def _changes(self, images: ImageSet, order_seed: int) -> Sequence[tuple[str, Callable[[Tensor], Tensor] | None]]:
+        """Name and transform of each experience."""
+        raise NotImplementedError
+
+
+@dataclass
+class _Permuted(_Changed):
+    """Each experience has its pixels (after padding) in another order, the same for all images."""
+
+    first_identity: bool = knob(False, "leave the first experience as it is")
+
+    def _changes(self, images: ImageSet, order_seed: int) -> Sequence[tuple[str, Callable[[Tensor], Tensor] | None]]:
+        channels, height, width = images.train_x.shape[1:]
+        pixels = channels * (height + 2 * self.pad) * (width + 2 * self.pad)
+        changes: list[tuple[str, Callable[[Tensor], Tensor] | None]] = []
+        for i in range(self.experiences):
+            if i == 0 and self.first_identity:
+                changes.append(("identity", None))
+            else:
+                order = permutation(pixels, order_seed, "pixels", i)
+                changes.append((f"permutation {i}", functools.partial(permute, order=order)))
+        return changes
+
+
+@dataclass
+class _Rotated(_Changed):
+    """Each experience has its images turned by another angle, counter-clockwise."""
+
+    angles: list[float] | None = knob(None, "degrees, one per experience; null: evenly spread over [0, 180)")
+    random_angles: bool = knob(False, "draw the angles from [0, 180) with order_seed instead of spreading them evenly")
+
+    def _changes(self, images: ImageSet, order_seed: int) -> Sequence[tuple[str, Callable[[Tensor], Tensor] | None]]:
+        angles = self.angles
+        if angles is not None and self.random_angles:
+            raise ConfigError("random_angles = true: angles are given as well; remove one of the two")
+        if self.random_angles:
+            angles = (180 * torch.rand(self.experiences, generator=generator(order_seed, "angles"))).tolist()
+        elif angles is None:
+            angles = [180.0 * i / self.experiences for i in range(self.experiences)]
+        if len(angles) != self.experiences:
+            raise ConfigError(
+                f"angles has {len(angles)} entries, experiences = {self.experiences}; give one angle per experience"
+            )
+        return [(f"{a:g}°", functools.partial(rotate, degrees=a) if a % 360 else None) for a in angles]
+
+
+@dataclass
+class PermutedMNIST(_Permuted):
+    """MNIST with its pixels permuted: 10 experiences, domain-incremental.
+
+    van de Ven & Tolias (2019) pad to 32×32 first: ``pad: 2``.
+    """
+
+    source = "mnist"
+
+
+@dataclass
+class RotatedMNIST(_Rotated):
+    """MNIST rotated: 10 experiences from 0° to 162°, domain-incremental."""
+
+    source = "mnist"
+
+
+@dataclass
+class PermutedFashionMNIST(_Permuted):
+    """Fashion-MNIST with its pixels permuted: 10 experiences, domain-incremental."""
+
+    source = "fashion-mnist"
+
+
+@dataclass
+class RotatedFashionMNIST(_Rotated):
+    """Fashion-MNIST rotated: 10 experiences from 0° to 162°, domain-incremental."""
+
+    source = "fashion-mnist"
+
+
+# -- CORe50 --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CORe50(_Split):
+    """CORe50: 50 objects filmed in 11 sessions; new sessions (domain) or new objects (class, task).
+
+    Sessions 3, 7 and 10 are the test set. Domain-incremental (NI), each experience is a training session, 8 in all,
+    and is tested on the whole test set. By class (NC), 9 experiences: 10 objects, then 5 each; an evenly dividing
+    number of experiences is taken as well. At 128×128 the images need 8 GB of disk in the cache, where they are
+    memory-mapped.
+    """
+
+    source = "core50"
+    experiences: int = knob(0, "number of experiences; 0: as in the benchmark (8 by session, 9 by class)", ge=0)
+    incremental: Incremental = knob(
+        "domain", "domain: new sessions; class: new objects, task unknown; task: … and told"
+    )
+    pixels: int | None = knob(None, "scale images to this side (32 is CORe50 mini); null: as stored", ge=1)
+
+    def images(self) -> ImageSet:
+        """The whole set. Raises :class:`~cl_lab.errors.DataError` where it is absent or damaged."""
+        return _sources.load(self.source, self.data_dir, self.pixels)
+
+    def _sizes(self, n_classes: int) -> list[int]:
+        if self.experiences in (0, 9) and n_classes == 50:
+            return [10, *[5] * 8]
+        if self.experiences == 0:
+            raise ConfigError(
+                f"experiences = 0: the 9 experiences of CORe50 need 50 objects, here are {n_classes}; give a number"
+            )
+        return super()._sizes(n_classes)
+
+    def _plan(self, images: ImageSet, order_seed: int) -> list[_Plan]:
+        if self.incremental != "domain":
+            return super()._plan(images, order_seed)
+        domains = images.train_domain
+        assert domains is not None
+        sessions = torch.unique(domains).tolist()
+        count = self.experiences or len(sessions)
+        if len(sessions) % count:
+            fitting = [n for n in range(1, len(sessions) + 1) if len(sessions) % n == 0]
+            raise ConfigError(
+                f"experiences = {count}: the {len(sessions)} training sessions of core50 do not divide evenly; choose "
+                f"one of {', '.join(map(str, fitting))}"
+            )
+        size = len(sessions) // count
+        groups = [sessions[i : i + size] for i in range(0, len(sessions), size)]
+        test = torch.arange(len(images.test_y))
+        parts = [{"train": torch.isin(domains, torch.tensor(g)).nonzero().flatten(), "test": test} for g in groups]
+        labels = {"train": images.train_y, "test": images.test_y}
+        outputs = torch.arange(images.n_classes)
+        plans = []
+        for group, rows in zip(groups, _avalanche.by_rows(labels, parts), strict=True):
+            plans.append(_Plan("sessions " + " ".join(map(str, group)), {**rows, "test": test}, outputs))
+        return plans

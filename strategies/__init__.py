@@ -1,0 +1,1 @@
+"""Strategies: one method, one file. The core reaches them by entry point only."""

@@ -1,0 +1,134 @@
+"""What every registered scenario that can make up data keeps: equal streams for equal seeds, honest labels and tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cl_lab import knobs, registry
+from cl_lab.errors import ConfigError
+from cl_lab.protocols import Scenario
+from cl_lab.records import Stream
+
+NAMES = registry.names("scenarios")
+
+
+def scenario_class(name: str) -> type[Scenario]:
+    cls, _ = registry.load("scenarios", name)
+    assert issubclass(cls, Scenario)
+    return cls
+
+
+def stream(name: str, seed: int = 0) -> Stream:
+    """A new stream with the scenario's own test settings."""
+    settings: dict[str, Any] | None = scenario_class(name).conformance_knobs()
+    assert settings is not None
+    made: Stream = registry.create("scenarios", {"name": name, **settings}, "scenario").stream(seed)
+    return made
+
+
+OFFLINE = [n for n in NAMES if scenario_class(n).conformance_knobs() is not None]
+every = pytest.mark.parametrize("name", NAMES)
+offline = pytest.mark.parametrize("name", OFFLINE)
+
+
+def test_some_can_make_up_data() -> None:
+    assert len(NAMES) >= 12
+    assert {"split-digits", "avalanche"} <= set(OFFLINE)
+
+
+@every
+def test_says_what_it_is(name: str) -> None:
+    cls = scenario_class(name)
+    first = (cls.__doc__ or "").partition("\n")[0]
+    assert first
+    assert not first.startswith(f"{cls.__name__}(")
+    assert {"name": name, "summary": first} in registry.summaries("scenarios")
+    for knob in knobs.describe(cls):
+        assert knob["doc"], f"{name}.{knob['name']} has no documentation"
+    if cls.argument is not None:
+        assert cls.argument in {k["name"] for k in knobs.describe(cls)}
+
+
+@every
+def test_refuses_unknown_knobs(name: str) -> None:
+    settings = scenario_class(name).conformance_knobs() or {}
+    with pytest.raises(ConfigError, match=r"^scenario\.experiencess: unknown key"):
+        registry.create("scenarios", {"name": name, **settings, "experiencess": 1}, "scenario")
+
+
+@offline
+def test_equal_seeds_give_equal_streams(name: str) -> None:
+    before = torch.get_rng_state()
+    one, two = stream(name, 3), stream(name, 3)
+    torch.rand(5)
+    assert one.fingerprint() == two.fingerprint()
+    for a, b in zip(one.experiences, two.experiences, strict=True):
+        assert (a.index, a.name, a.classes) == (b.index, b.name, b.classes)
+        assert a.train.digest() == b.train.digest()
+    torch.set_rng_state(before)
+
+
+@offline
+def test_the_order_of_use_does_not_matter(name: str) -> None:
+    one, two = stream(name), stream(name)
+    forwards = [e.train.digest() for e in one.experiences]
+    backwards = [e.train.digest() for e in reversed(two.experiences)][::-1]
+    assert forwards == backwards
+    one.experiences[0].release()
+    assert one.experiences[0].train.digest() == forwards[0], "the same samples after a release"
+
+
+@offline
+def test_samples_are_as_the_stream_says(name: str) -> None:
+    made = stream(name)
+    assert made.name
+    assert len(made) == len(made.experiences) >= 1
+    shapes = {e.train.x.dtype for e in made.experiences} | {e.test.x.dtype for e in made.experiences}
+    assert len(shapes) == 1, "one dtype throughout"
+    assert shapes <= {torch.uint8, torch.float32}
+    for i, e in enumerate(made.experiences):
+        assert e.index == i
+        for data in (e.train, e.test):
+            assert len(data) > 0
+            assert tuple(data.x.shape[1:]) == made.input_shape
+            assert data.x.is_contiguous()
+            assert data.y.dtype == data.t.dtype == torch.int64
+            assert int(data.y.min()) >= 0
+            assert int(data.y.max()) < made.n_classes
+            if data.x.dtype == torch.float32:
+                assert bool(data.x.isfinite().all())
+        assert tuple(e.train.y.unique().tolist()) == e.classes, "the classes listed are the labels present"
+        assert set(e.test.y.unique().tolist()) <= set(e.classes)
+    assert {c for e in made.experiences for c in e.classes} == set(range(made.n_classes)), "no output without samples"
+
+
+@offline
+def test_tasks_are_experiences(name: str) -> None:
+    made = stream(name)
+    for e in made.experiences:
+        expected = {e.index} if made.task_labels else {0}
+        for data in (e.train, e.test):
+            assert set(data.t.tolist()) == expected
+    if made.task_labels:
+        seen = [c for e in made.experiences for c in e.classes]
+        assert len(seen) == len(set(seen)), "each task has outputs of its own"
+
+
+@offline
+def test_training_and_test_samples_are_not_the_same(name: str) -> None:
+    for e in stream(name).experiences:
+        rows = {bytes(r) for r in e.train.x.flatten(1).contiguous().view(torch.uint8).numpy()}
+        test = [bytes(r) for r in e.test.x.flatten(1).contiguous().view(torch.uint8).numpy()]
+        assert sum(r in rows for r in test) < len(test) / 2
+
+
+@offline
+def test_normalisation_fits_the_input(name: str) -> None:
+    made = stream(name)
+    assert (made.mean is None) == (made.std is None)
+    if made.mean is not None and made.std is not None:
+        assert len(made.mean) == len(made.std) in (1, made.input_shape[0])
+        assert min(made.std) > 0

@@ -1,0 +1,141 @@
+"""Toy streams that anything can learn in a second, and runs on them in this process.
+
+Also a plug-in file: ``tests/toys.py:Toy`` as a scenario's name gives these streams to the command line and to ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cl_lab import registry, seeding
+from cl_lab.chain import Chain
+from cl_lab.config import RunConfig, parse
+from cl_lab.knobs import knob
+from cl_lab.learner import EngineLearner
+from cl_lab.protocols import Scenario
+from cl_lab.records import Experience, Stream, TensorData
+from cl_lab.trainer import Observer, Trainer
+
+CLASSES = 2  # of each experience
+FEATURES = 16
+
+
+@dataclass
+class Toy(Scenario):
+    """Gaussian clusters far apart: every class of every experience has a centre of its own."""
+
+    experiences: int = knob(3, "number of experiences", ge=1)
+    incremental: Literal["class", "task", "domain"] = knob("class", "what a label means")
+    boundaries: bool = knob(True, "tell strategies where an experience ends")
+    online: bool = knob(False, "each sample is seen once")
+    form: Literal["float", "bytes", "images"] = knob("float", "float32 [16], uint8 [16] or uint8 [3, 16, 16]")
+    train: int = knob(60, "training samples per experience", ge=1)
+    test: int = knob(40, "test samples per experience", ge=1)
+
+    def stream(self, seed: int) -> Stream:
+        """The stream for one seed."""
+        shape = (3, 16, 16) if self.form == "images" else (FEATURES,)
+        experiences = []
+        for i in range(self.experiences):
+            first = 0 if self.incremental == "domain" else CLASSES * i
+            task = i if self.incremental == "task" else 0
+
+            def make(part: str, i: int = i, first: int = first, task: int = task) -> TensorData:
+                n = self.train if part == "train" else self.test
+                rng = seeding.generator(seed, part, i)
+                centres = torch.randn(CLASSES, FEATURES, generator=seeding.generator(seed, "centres", i))
+                own = torch.arange(n) % CLASSES
+                x = centres[own] + 0.3 * torch.randn(n, FEATURES, generator=rng)
+                if self.form != "float":
+                    x = (128 + 40 * x).clamp(0, 255).to(torch.uint8)
+                if self.form == "images":
+                    x = x.view(n, 1, 4, 4).repeat(1, 3, 4, 4)
+                return TensorData(x, first + own, torch.full((n,), task))
+
+            experiences.append(
+                Experience(
+                    i,
+                    f"toy {i}",
+                    range(first, first + CLASSES),
+                    lambda make=make: make("train"),
+                    lambda make=make: make("test"),
+                )
+            )
+        return Stream(
+            "toy",
+            tuple(experiences),
+            shape,
+            CLASSES if self.incremental == "domain" else CLASSES * self.experiences,
+            task_labels=self.incremental == "task",
+            boundaries=self.boundaries,
+            online=self.online,
+        )
+
+
+def stream(**knobs: Any) -> Stream:
+    """A toy stream with the given knobs of :class:`Toy`."""
+    made: Stream = registry.create("scenarios", {"name": f"{__file__}:Toy", **knobs}, "scenario").stream(0)
+    return made
+
+
+def own_settings(name: str) -> dict[str, Any]:
+    """A registered strategy with the knobs it gave itself for tests, as a config would hold it."""
+    cls, _ = registry.load("strategies", name)
+    return {"name": name, **cls.conformance_knobs()}  # type: ignore[attr-defined]
+
+
+TRAINING = {"epochs": 3, "batch_size": 10, "lr": 0.1}
+MLP = {"name": "mlp", "hidden": [24, 24]}
+
+
+def config(**sections: Any) -> RunConfig:
+    """A configuration for a toy stream; ``training`` is merged with :data:`TRAINING`, other sections stand as given."""
+    training = TRAINING | sections.pop("training", {})
+    if training.get("iterations"):
+        training["epochs"] = 1
+    document = {
+        "scenario": {"name": f"{__file__}:Toy"},
+        "model": MLP,
+        "strategy": "naive",
+        "training": training,
+        "tracking": {"uri": None},
+    }
+    return parse(document | sections, "toy")
+
+
+def trainer(
+    links: Sequence[Mapping[str, Any]],
+    on: Stream,
+    *,
+    seed: int = 0,
+    checkpoints: Path | None = None,
+    observer: Observer | None = None,
+    stop: Callable[[], str | None] = lambda: None,
+    chain: type[Chain] = Chain,
+    **sections: Any,
+) -> Trainer:
+    """A trainer ready to run the chain ``links`` (name and knobs each), built as :mod:`cl_lab.experiment` builds one."""
+    c = config(**sections)
+    strategies = [registry.create("strategies", link, f"strategy.{i}") for i, link in enumerate(links)]
+    made = chain(strategies, [str(link["name"]) for link in links], on)
+    seeding.seed_everything(seeding.derive(seed, "model"))
+    spec = registry.create("models", {"name": c.model.name, **c.model.knobs}, "model")
+    learner = EngineLearner(made.prepare(spec.build(on), on), on, c.training, c.engine, seed)
+    return Trainer(on, learner, made, c, seed, observer=observer, checkpoints=checkpoints, stop=stop)
+
+
+def weights_of(done: Trainer) -> dict[str, Tensor]:
+    """Every parameter and buffer, full, on the CPU."""
+    return done.learner.weights()
+
+
+def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+    """Names whose tensors are not the same, bit for bit."""
+    assert a.keys() == b.keys()
+    return [n for n in a if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n])]
