@@ -130,6 +130,8 @@ class EngineLearner:
     ) -> None:
         self._training, self._engine, self._stream = training, engine, stream
         self._accelerator = accelerator_for(engine, training)
+        self._device = torch.device(self._accelerator.device)
+        self._world, self._rank = int(self._accelerator.num_processes), int(self._accelerator.process_index)
         self._rng = generator(seed, "strategy")
         self._bf16 = engine.precision == "bf16"
         # Where DeepSpeed keeps fp32 values and optimiser state apart from the module's own tensors.
@@ -151,7 +153,7 @@ class EngineLearner:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self._accelerator.device)
+        return self._device
 
     @property
     def rng(self) -> torch.Generator:
@@ -166,7 +168,7 @@ class EngineLearner:
         return self._training.batch_size
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        x = x.to(self.device)
+        x = x.to(self._device)
         if x.dtype == torch.uint8:
             x = x.to(torch.float32).mul_(1 / 255)
         if self._scale_shift is not None:
@@ -230,12 +232,15 @@ class EngineLearner:
             if not paths:
                 tree = ", ".join(n for n, _ in self._plain.named_modules() if n)
                 raise ConfigError(f"freeze: pattern '{pattern}' matches no module or parameter; the model has: {tree}")
-            matched |= {
+            below = {
                 name
                 for name, _ in self._plain.named_parameters()
                 for path in paths
                 if name == path or name.startswith(path + ".")
             }
+            if not below:
+                raise ConfigError(f"freeze: pattern '{pattern}' matches {', '.join(paths)}, which hold no parameter")
+            matched |= below
         if not {name for name, _ in self._plain.named_parameters()} - self._frozen - matched:
             raise ConfigError(f"freeze: {', '.join(patterns)} leaves no trainable parameter; freeze fewer modules")
         self._patterns += [p for p in patterns if p not in self._patterns]
@@ -267,12 +272,12 @@ class EngineLearner:
     @property
     def world(self) -> int:
         """How many ranks train together."""
-        return int(self._accelerator.num_processes)
+        return self._world
 
     @property
     def rank(self) -> int:
         """This process's rank."""
-        return int(self._accelerator.process_index)
+        return self._rank
 
     @property
     def trainable_parameters(self) -> int:

@@ -95,6 +95,8 @@ class _Position:
     begun: bool = False  # before_experience has been called
     best: float = -1.0  # early stopping
     stale: int = 0  # epochs without a better validation accuracy
+    loss_sum: Tensor | float = 0.0  # since the last log point; a tensor while training, so that no step waits for it
+    loss_steps: int = 0
 
 
 class Trainer:
@@ -183,20 +185,22 @@ class Trainer:
         log_every = math.ceil(total / _LOSS_POINTS)
         moving_lr = t.schedule != "constant" or t.warmup_steps > 0
         learner.train_mode()
-        running, counted = torch.zeros((), device=learner.device), 0
+        # Of the steps since the last log point; a resumed run goes on with what had been added up.
+        running, counted = torch.full((), float(position.loss_sum), device=learner.device), position.loss_steps
         for step, batch in self._batches(data, experience, range(position.step, total), per_epoch):
             if moving_lr:
                 learner.set_lr(learning_rate(t, step, total))
             running += self._train_step(batch, experience, step)
             counted += 1
             position.step = step + 1
+            position.loss_sum, position.loss_steps = running, counted
             self.record.steps += 1
             self.record.samples += batch.current
             if position.step % self._check_every == 0 or position.step in (per_epoch, total):
                 self._check(running, experience, step, per_epoch)
             loss = None
             if position.step % log_every == 0 or position.step == total:
-                loss = float(learner.reduce(running)) / counted / learner.world
+                loss = self._mean_over_ranks(running) / counted
                 loss += self.strategy.penalty(learner)
                 self.record.losses.append(
                     {
@@ -207,6 +211,7 @@ class Trainer:
                     }
                 )
                 running, counted = torch.zeros((), device=learner.device), 0
+                position.loss_sum, position.loss_steps = running, counted
             self.observer.stepped(experience, position.step, loss)
             if t.patience is not None and position.step % per_epoch == 0 and self._out_of_patience(held):
                 break
@@ -357,7 +362,7 @@ class Trainer:
             "learner": self.learner.state_dict(),
             "strategy": self.strategy.state_dict(),
             "rng": seeding.global_state(),
-            "position": dict(vars(self._position)),
+            "position": {**vars(self._position), "loss_sum": self._mean_over_ranks(self._position.loss_sum)},
             "record": dict(vars(self.record)),
             "best": dict(self._best),
         }
@@ -378,6 +383,11 @@ class Trainer:
             seeding.restore_global_state(rng)  # type: ignore[arg-type]
         else:  # other ranks' dropout masks are not saved; give each its own
             seeding.seed_everything(seeding.derive(self.seed, "resume", self.learner.rank, self.record.steps))
+
+    def _mean_over_ranks(self, value: Tensor | float) -> float:
+        if not isinstance(value, Tensor):
+            return value
+        return float(self.learner.reduce(value)) / self.learner.world
 
     def _save(self) -> Path | None:
         if self.checkpoints is None:

@@ -120,7 +120,7 @@ class Memory:
     def draw(self, n: int, rng: torch.Generator) -> dict[str, Tensor]:
         """``n`` rows without replacement (all of them where fewer are held), in random order."""
         index = torch.randperm(self.size, generator=rng)[:n]
-        return {name: column[index] for name, column in self.columns.items()}
+        return {name: column.index_select(0, index) for name, column in self.columns.items()}
 
     def _survivors(self, keys: Tensor, labels: Tensor) -> Tensor:
         assert self.capacity is not None

@@ -125,7 +125,6 @@ def test_a_pattern_that_matches_nothing_is_an_error(pattern: str) -> None:
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.xfail(strict=True, reason="EngineLearner.freeze takes a module without parameters for a match")
 def test_a_match_without_parameters_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"pattern 'backbone\.layers\.0\.activation' .*"):
         weights_after_each(["backbone.layers.0.activation"], toys.stream(), from_experience=0)
