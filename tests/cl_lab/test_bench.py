@@ -46,7 +46,7 @@ def race(name: str) -> dict[str, dict[str, Any]]:
 
 def test_loop() -> None:
     rows = race("loop")
-    assert list(rows) == ["naive", "replay", "ewc"]
+    assert list(rows) == ["naive", "replay", "ewc", "ewc-1000"]
     assert {"strategy", "threads", "ours_s", "avalanche_s", "bare_s", "accuracy_ours", "accuracy_avalanche"} <= set(
         rows["naive"]
     )
