@@ -29,6 +29,7 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
     """
     from cl_lab.files import write_atomically
     from cl_lab.reporting import write_report
+    from cl_lab.results import assemble
     from cl_lab.tracking import Tracker
 
     strategies = config.strategies or ([config.strategy] if config.strategy else None)
@@ -62,40 +63,11 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
         for strategy, label in zip(strategies, labels, strict=True)
     ]
     documents = _run_all(plan, jobs)
-    comparison = assemble(config.scenario.name, folder, labels, documents)
+    comparison = assemble(config.scenario.name, str(folder), labels, documents)
     write_atomically(folder / COMPARISON_FILE, json.dumps(comparison, indent=1))
     write_report(comparison, folder)
     tracker.finish()
     return comparison
-
-
-def assemble(scenario: str, folder: Path, labels: Sequence[str], documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The comparison's document from those of its runs; where ``joint`` was run, metrics against it are added."""
-    from cl_lab.metrics import interval, summary
-
-    ideal = {d["seed"]: d["matrix"][-1] for d in documents if d["strategy"] == "joint" and d["status"] == "finished"}
-    rows = []
-    for label in labels:
-        runs = [d for d in documents if d["label"] == label]
-        for d in runs:
-            if d["status"] == "finished" and d["seed"] in ideal:
-                tests = [e["test_samples"] for e in d["experiences"]]
-                against = summary(d["matrix"], d["initial"], test_samples=tests, joint=ideal[d["seed"]])
-                d["metrics"] = against | d["metrics"]
-        good = [d for d in runs if d["status"] == "finished"]
-        rows.append(
-            {
-                "strategy": label,
-                "seeds": [d["seed"] for d in runs],
-                "reference": any(d["reference"] for d in runs),
-                "metrics": {k: interval(v) for k, v in _columns([d["metrics"] for d in good]).items()},
-                "cost": {k: interval(v) for k, v in _columns([d["cost"] for d in good]).items()},
-                "runs": runs,
-            }
-        )
-    experiences: list[dict[str, Any]] = next((d["experiences"] for d in documents if d["experiences"]), [])
-    outputs = {c for e in experiences for c in e["classes"]}
-    return {"scenario": scenario, "path": str(folder), "chance": 1 / len(outputs) if outputs else None, "rows": rows}
 
 
 class _Job:
@@ -173,12 +145,6 @@ def _check_plugins(config: RunConfig, strategies: Sequence[StrategyConfig]) -> N
             registry.create("strategies", {"name": link.name, **link.knobs}, f"strategies.{i}")
     registry.create("models", {"name": config.model.name, **config.model.knobs}, "model")
     registry.create("scenarios", {"name": config.scenario.name, **config.scenario.knobs}, "scenario")
-
-
-def _columns(documents: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Values by key over runs, for keys that every run has a number for."""
-    keys = documents[0] if documents else {}
-    return {k: [d[k] for d in documents] for k in keys if all(d.get(k) is not None for d in documents)}
 
 
 def _slug(label: str) -> str:

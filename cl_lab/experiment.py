@@ -105,6 +105,7 @@ class _Run:
             "anytime": [],
             "losses": [],
             "fingerprint": "",
+            "chance": None,
             "error": None,
             "started": before.get("started", _now()),
             "finished": None,
@@ -174,6 +175,7 @@ class _Run:
         self.document |= {
             "reference": chain.reference,
             "fingerprint": stream.fingerprint(),
+            "chance": stream.chance,
             "experiences": [
                 {
                     "index": e.index,

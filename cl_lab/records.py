@@ -194,6 +194,13 @@ class Stream:
     def __len__(self) -> int:
         return len(self.experiences)
 
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing: one in all outputs, or one in a task's own where the task is told."""
+        if not self.task_labels:
+            return 1 / self.n_classes
+        return sum(1 / len(e.classes) for e in self.experiences) / len(self.experiences)
+
     def fingerprint(self) -> str:
         """SHA-256 over every test set and the classes of every experience: names the data a matrix was measured on."""
         sha = hashlib.sha256()

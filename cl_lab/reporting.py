@@ -249,16 +249,14 @@ def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
     number. Raises :class:`UserError` for a folder without runs, a damaged ``run.json``, and runs on several scenarios.
     """
     runs: dict[str, dict[str, Any]] = {}
-    chances: set[float] = set()
+    from cl_lab.results import assemble
+
     if not paths:
         raise UserError("no runs given; name at least one folder of a run or a comparison")
     for path in map(Path, paths):
         folders = [path]
         if (path / "comparison.json").is_file() or (path / "runs").is_dir():
             folders = sorted(p for p in (path / "runs").glob("*") if p.is_dir())
-            if (path / "comparison.json").is_file():
-                chance = _number(_document(path / "comparison.json").get("chance"))
-                chances |= set() if chance is None else {chance}
             if not folders:
                 raise UserError(f"comparison '{path}' holds no runs; run cl-lab compare again")
         for folder in folders:
@@ -273,13 +271,8 @@ def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
             number += 1
             label = f"{run['label']} ({number})"
         groups.setdefault(label, {})[run["seed"]] = {**run, "label": label}
-    rows = [_aggregate(label, [group[seed] for seed in sorted(group)]) for label, group in groups.items()]
-    return {
-        "scenario": scenarios[0],
-        "path": str(paths[0]) if len(paths) == 1 else "",
-        "rows": rows,
-        "chance": chances.pop() if len(chances) == 1 else None,
-    }
+    documents = [group[seed] for group in groups.values() for seed in sorted(group)]
+    return assemble(scenarios[0], str(paths[0]) if len(paths) == 1 else "", list(groups), documents)
 
 
 def rich_table(comparison: Mapping[str, Any]) -> Table:
@@ -501,24 +494,6 @@ def _run_document(folder: Path) -> dict[str, Any]:
         if not isinstance(run.get(key), kind):
             raise UserError(f"'{folder / 'run.json'}' is damaged ('{key}' is missing or wrong); repeat the run")
     return {"status": "finished", **run, "label": run.get("label") or run["strategy"], "path": str(folder)}
-
-
-def _aggregate(label: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of a comparison: mean, deviation and interval over the finished runs."""
-    from cl_lab.metrics import interval
-
-    row: dict[str, Any] = {"strategy": label, "seeds": [run["seed"] for run in runs]}
-    for group in ("metrics", "cost"):
-        columns: dict[str, list[float]] = {}
-        for run in runs:
-            for name, value in (run.get(group) or {}).items():
-                number = _number(value)
-                if run["status"] == "finished" and number is not None:
-                    columns.setdefault(name, []).append(number)
-        row[group] = {name: interval(values) for name, values in columns.items()}
-    row["reference"] = any(run.get("reference") for run in runs)
-    row["runs"] = list(runs)
-    return row
 
 
 def _rows(comparison: Mapping[str, Any]) -> list[Row]:

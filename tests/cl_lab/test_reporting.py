@@ -91,6 +91,7 @@ def made_up_run(
         ],
         "anytime": curve if anytime else [],
         "losses": [],
+        "chance": 0.1,
         "fingerprint": f"{seed:064x}",
         "error": "loss is nan at step 61; lower training.lr" if status == "failed" else None,
         "started": "2025-11-20T10:00:00+00:00",
@@ -423,7 +424,7 @@ def test_from_runs_groups_by_label(tmp_path: Path) -> None:
 def test_from_runs_reads_a_comparison_and_counts_a_run_once(tmp_path: Path) -> None:
     runs = [made_up_run("naive", s) for s in range(2)]
     paths = save_runs(tmp_path, runs)
-    (tmp_path / "comparison.json").write_text(json.dumps({"scenario": "split-digits", "rows": [], "chance": 0.1}))
+    (tmp_path / "comparison.json").write_text(json.dumps({"scenario": "split-digits", "rows": []}))
     found = from_runs([tmp_path, paths[0]])
     assert [(r["strategy"], r["seeds"]) for r in found["rows"]] == [("naive", [0, 1])]
     assert found["chance"] == 0.1
