@@ -77,6 +77,7 @@ class Memory:
         self.keys = torch.empty(0, dtype=torch.float64)
         self.size = 0
         self.seen = 0
+        self._largest = 0.0  # of the keys held; not state, it follows from them
 
     def __len__(self) -> int:
         return self.size
@@ -97,25 +98,38 @@ class Memory:
             keys = torch.rand(n, generator=rng, dtype=torch.float64)
         self.seen += n
         assert self.capacity is not None
-        chosen = torch.arange(n)
         if self.policy == "reservoir" and self.size == self.capacity:
-            chosen = torch.nonzero(keys < self.keys.max()).flatten()  # late in a stream, mostly none
-            if len(chosen) == 0:
-                return
+            self._compete(rows, keys)
+            return
         survives = self._survivors(
-            torch.cat([self.keys[: self.size], keys[chosen]]),
-            torch.cat([self.columns["y"][: self.size], rows["y"][chosen].cpu()]),
+            torch.cat([self.keys[: self.size], keys]), torch.cat([self.columns["y"][: self.size], rows["y"].cpu()])
         )
-        entering = chosen[survives[self.size :]]
+        entering = torch.nonzero(survives[self.size :]).flatten()
         freed = torch.nonzero(~survives[: self.size]).flatten()
         grown = max(0, len(entering) - len(freed))
         slots = torch.cat([freed, torch.arange(self.size, self.size + grown)])
         if len(slots) > len(entering):  # never more leave than enter: a class's quota only shrinks when another grows
             raise AssertionError("memory would shrink")
+        self.size += grown
+        self._store(slots, rows, keys, entering)
+
+    def _compete(self, rows: dict[str, Tensor], keys: Tensor) -> None:
+        """A full reservoir: the newcomers with keys below the largest held change places with the largest held."""
+        chosen = torch.nonzero(keys < self._largest).flatten()  # late in a stream, mostly none
+        if len(chosen) == 0:
+            return
+        assert self.capacity is not None
+        k = min(len(chosen), self.capacity)
+        held, slots = torch.topk(self.keys, k)
+        stays = torch.zeros(k + len(chosen), dtype=torch.bool)
+        stays[torch.topk(torch.cat([held, keys[chosen]]), k, largest=False).indices] = True
+        self._store(slots[~stays[:k]], rows, keys, chosen[stays[k:]])
+
+    def _store(self, slots: Tensor, rows: dict[str, Tensor], keys: Tensor, entering: Tensor) -> None:
         for name, column in self.columns.items():
             column[slots] = rows[name][entering].to(column.device)
         self.keys[slots] = keys[entering]
-        self.size += grown
+        self._largest = float(self.keys[: self.size].max()) if self.size else 0.0
 
     def draw(self, n: int, rng: torch.Generator) -> dict[str, Tensor]:
         """``n`` rows without replacement (all of them where fewer are held), in random order."""
@@ -183,3 +197,4 @@ class Memory:
             for name, value in rows.items():
                 self.columns[name][: self.size] = value
             self.keys[: self.size] = keys
+            self._largest = float(keys.max())
