@@ -6,6 +6,7 @@ a run that is killed at any moment and resumed ends in that same matrix, bit for
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import sys
@@ -27,6 +28,8 @@ from cl_lab.errors import Interrupted, TrainingError
 from cl_lab.learner import EngineLearner, warm_up
 from cl_lab.protocols import state_bytes
 from cl_lab.records import Batch, Experience, State, Stream, TensorData
+
+log = logging.getLogger("cl_lab")
 
 _LOSS_POINTS = 50  # loss values logged per experience, at most
 _GPU_CHECK_EVERY = 50  # steps between looks at the loss where looking stops the device
@@ -140,6 +143,7 @@ class Trainer:
         record and the last checkpoint hold everything so far.
         """
         warm_up(self.learner.device)
+        _reset_peak_memory(self.learner.device)
         done = self.record.steps
         self.observer.started(done + self._steps_left(), done)
         if not self.record.initial:
@@ -436,9 +440,25 @@ def learning_rate(t: TrainingConfig, step: int, total: int) -> float:
     return t.lr
 
 
+def _reset_peak_memory(device: torch.device) -> None:
+    """Start measuring the peak anew: a comparison's runs share a process, and one must not inherit another's peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident set's high-water mark
+    except OSError as error:
+        log.debug("the peak memory is that of the whole process: %s", error)
+
+
 def _peak_memory(device: torch.device) -> int:
     """Peak resident memory of this process in bytes, or of the GPU where one is used."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike getrusage, this mark can be reset
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,184 @@
+"""The loop: what it records, when it stops, and that its options mean what they say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import toys
+from torch import nn
+
+from cl_lab.config import TrainingConfig
+from cl_lab.errors import TrainingError
+from cl_lab.records import TensorData
+from cl_lab.trainer import Record, learning_rate
+
+NAIVE = [{"name": "naive"}]
+
+
+def accuracy_by_hand(model: nn.Module, data: TensorData) -> float:
+    model.eval()
+    with torch.no_grad():
+        return float((model(data.x.float(), data.t).argmax(dim=1) == data.y).double().mean())
+
+
+def test_record_is_what_the_model_scores() -> None:
+    on = toys.stream()
+    trainer = toys.trainer(NAIVE, on)
+    untrained = [accuracy_by_hand(trainer.learner.model, e.test) for e in on.experiences]
+    record = trainer.run()
+    assert record.initial == untrained
+    assert record.matrix[-1] == [accuracy_by_hand(trainer.learner.model, e.test) for e in on.experiences]
+    assert record.steps == 3 * 3 * 6  # experiences, epochs, batches of 10 in 60 samples
+    assert record.samples == 3 * 3 * 60
+    assert record.train_seconds > 0
+    assert record.trainable_parameters == sum(p.numel() for p in trainer.learner.model.parameters())
+
+
+def test_one_step_is_gradient_descent() -> None:
+    """A linear softmax model, one batch, plain SGD: the step is known in closed form."""
+    on = toys.stream(experiences=1, train=20)
+    trainer = toys.trainer(
+        NAIVE, on, model={"name": "mlp", "hidden": []}, training={"epochs": 1, "batch_size": 20, "lr": 0.3}
+    )
+    before = {n: v.clone() for n, v in trainer.learner.weights().items()}
+    data = on.experiences[0].train
+    p = torch.softmax(data.x @ before["head.linear.weight"].T + before["head.linear.bias"], dim=1)
+    towards = (p - nn.functional.one_hot(data.y, 2)) / len(data)
+    trainer.run()
+    after = trainer.learner.weights()
+    torch.testing.assert_close(after["head.linear.weight"], before["head.linear.weight"] - 0.3 * towards.T @ data.x)
+    torch.testing.assert_close(after["head.linear.bias"], before["head.linear.bias"] - 0.3 * towards.sum(dim=0))
+
+
+def test_forgetting_of_a_linear_model_is_exact() -> None:
+    """Two one-hot tasks that share an output: learning the second to the end undoes the first, and only it."""
+    on = toys.stream(experiences=2, incremental="domain")
+    first, second = on.experiences
+    x = torch.zeros(40, toys.FEATURES)
+    y = torch.arange(40) % 2
+    x[torch.arange(40), y] = 1.0
+    flipped = TensorData(x, 1 - y, torch.zeros(40, dtype=torch.int64))
+    straight = TensorData(x, y, torch.zeros(40, dtype=torch.int64))
+    for experience, data in ((first, straight), (second, flipped)):
+        experience._makers = {"train": lambda data=data: data, "test": lambda data=data: data}
+    trainer = toys.trainer(NAIVE, on, model={"name": "mlp", "hidden": []}, training={"epochs": 30, "lr": 1.0})
+    record = trainer.run()
+    assert record.matrix == [[1.0, 0.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"schedule": "constant"}, [0.5, 0.5, 0.5, 0.5]),
+        ({"schedule": "linear"}, [0.5, 0.375, 0.25, 0.125]),
+        ({"schedule": "cosine"}, [0.5 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]),
+        ({"schedule": "step", "milestones": [0.5], "decay": 0.1}, [0.5, 0.5, 0.05, 0.05]),
+        ({"schedule": "constant", "warmup_steps": 2}, [0.25, 0.5, 0.5, 0.5]),
+    ],
+)
+def test_learning_rate(settings: dict[str, object], expected: list[float]) -> None:
+    t = TrainingConfig.model_validate({"lr": 0.5, **settings})
+    assert [learning_rate(t, step, 4) for step in range(4)] == pytest.approx(expected)
+
+
+def test_pieces_of_a_batch_add_up() -> None:
+    whole = toys.trainer([{"name": "replay", "memory": 30}], toys.stream())
+    whole.run()
+    pieces = toys.trainer([{"name": "replay", "memory": 30}], toys.stream(), training={"accumulate": 3})
+    pieces.run()
+    for name, value in toys.weights_of(whole).items():
+        torch.testing.assert_close(toys.weights_of(pieces)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_bounds_the_step() -> None:
+    on = toys.stream(experiences=1)
+    trainer = toys.trainer(NAIVE, on, training={"epochs": 1, "batch_size": 60, "lr": 1.0, "clip_norm": 0.01})
+    before = trainer.learner.weights()
+    trainer.run()
+    moved = sum(float((v - before[n]).square().sum()) for n, v in trainer.learner.weights().items()) ** 0.5
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_optimizer_state_fresh_or_kept() -> None:
+    settings = {"optimizer": "adam", "lr": 0.01}
+    fresh = toys.trainer(NAIVE, toys.stream(), training={**settings, "optimizer_state": "fresh"})
+    kept = toys.trainer(NAIVE, toys.stream(), training={**settings, "optimizer_state": "kept"})
+    a, b = fresh.run(), kept.run()
+    assert a.matrix[0] == b.matrix[0], "the first experience is the same"
+    assert toys.differing(toys.weights_of(fresh), toys.weights_of(kept))
+    steps = kept.learner.state_dict()["optimizer"]["head.linear.weight"]["step"]  # type: ignore[index,call-overload]
+    assert int(steps) == 3 * 18
+    steps = fresh.learner.state_dict()["optimizer"]["head.linear.weight"]["step"]  # type: ignore[index,call-overload]
+    assert int(steps) == 18
+
+
+def test_early_stopping_takes_the_best_epoch_and_never_the_test_set() -> None:
+    on = toys.stream(experiences=2)
+
+    training = {"epochs": 50, "validation": 0.25, "patience": 2, "lr": 0.5}
+    trainer = toys.trainer(NAIVE, on, training=training)
+    scored: list[int] = []
+    accuracy = trainer.learner.accuracy
+
+    def watch(data: TensorData, size: int) -> float:
+        scored.append(len(data))
+        return accuracy(data, size)
+
+    trainer.learner.accuracy = watch  # type: ignore[method-assign]
+    record = trainer.run()
+    assert record.steps < 2 * 50 * 5, "patience ended the experiences early"
+    validated = [n for n in scored if n == 15]  # a quarter of 60
+    assert len(validated) == record.steps // 5, "one look per epoch"
+    assert len([n for n in scored if n == 40]) == 3 * 2, "test sets are scored once per row"
+    assert record.matrix[0][0] > 0.9
+
+
+def test_anytime_evaluations_are_recorded() -> None:
+    trainer = toys.trainer(NAIVE, toys.stream(), evaluation={"every_steps": 4})
+    record = trainer.run()
+    assert [(a["experience"], len(a["accuracies"])) for a in record.anytime] == [
+        (i, i + 1) for i in range(3) for _ in range(18 // 4)
+    ]
+    plain = toys.trainer(NAIVE, toys.stream()).run()
+    assert plain.matrix == record.matrix, "looking changes nothing"
+
+
+def test_loss_that_is_not_finite_stops_the_run() -> None:
+    trainer = toys.trainer(NAIVE, toys.stream(), training={"lr": 1e30})
+    with pytest.raises(TrainingError, match=r"the loss became .* lower training\.lr") as e:
+        trainer.run()
+    assert "\n" not in str(e.value)
+    assert trainer.record.initial, "what was measured stays"
+
+
+def test_bf16_learns() -> None:
+    record = toys.trainer(NAIVE, toys.stream(incremental="task"), engine={"precision": "bf16"}).run()
+    assert [record.matrix[i][i] for i in range(3)] == [1.0] * 3
+    weights = toys.trainer([{"name": "ewc", "strength": 1.0}], toys.stream(), engine={"precision": "bf16"})
+    weights.run()
+    assert all(v.dtype == torch.float32 for v in toys.weights_of(weights).values() if v.is_floating_point())
+
+
+def test_joint_gets_the_budget_of_all_experiences() -> None:
+    record = toys.trainer([{"name": "joint"}], toys.stream(), training={"iterations": 7}).run()
+    assert record.steps == 21
+    assert record.matrix[0] == record.matrix[1] == record.matrix[2]
+    grown = toys.trainer([{"name": "joint"}], toys.stream(), model={**toys.MLP, "head": "growing"}).run()
+    assert min(grown.matrix[0]) > 0.9, "a growing head meets every class at once"
+
+
+def test_peak_memory_is_the_runs_own() -> None:
+    def peak() -> int:
+        return toys.trainer(NAIVE, toys.stream(experiences=1)).run().peak_memory_bytes
+
+    peak()
+    large = torch.ones(400 * 2**20, dtype=torch.uint8)
+    during = peak()
+    del large
+    assert peak() < during - 200 * 2**20, "another run's memory is not charged to this one"
+
+
+def test_cost_of_nothing_is_zero() -> None:
+    assert Record().cost()["samples_per_second"] == 0.0
