@@ -199,12 +199,12 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Send runs to MLflow that could not be sent when they ran."""
-    from cl_lab.comparison import rebuild
+    from cl_lab.experiment import saved_config
     from cl_lab.tracking import push as push_folder
 
     sent: list[str] = []
     for folder in folders:
-        target = uri or rebuild(folder).tracking.uri
+        target = uri or saved_config(folder).tracking.uri
         if target is None:
             raise ConfigError(f"push: '{folder}' was run with tracking off; name a server with --uri")
         sent += push_folder(folder, target)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_lab import environment, experiment
-from cl_lab.config import RunConfig, StrategyConfig, dump, label_of, parse
+from cl_lab.config import RunConfig, StrategyConfig, dump, label_of
 from cl_lab.display import StepProgress, configure_logging
 from cl_lab.errors import ConfigError, Interrupted, UserError
 
@@ -39,11 +39,19 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
         )
     seeds = config.seeds if config.seeds is not None else [config.seed]
     labels = _labels(strategies)
-    _check_plugins(config, strategies)
+    experiment.check_plugins(config, strategies)
+    threads = environment.threads_for(jobs * config.engine.processes, config.engine.threads)
+    crossed = [
+        (_single(config, strategy, seed, threads), folder / "runs" / f"{_slug(label)}-seed{seed}", label)
+        for seed in seeds  # all strategies of a seed one after the other: they share the stream in memory
+        for strategy, label in zip(strategies, labels, strict=True)
+    ]
+    if resume:  # or results of other settings would stand in the report under these
+        for settings, place, _ in crossed:
+            experiment.check_resumable(place, settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", dump(config))
-        threads = environment.threads_for(jobs * config.engine.processes, config.engine.threads)
         write_atomically(folder / "environment.json", json.dumps(environment.snapshot(threads), indent=1))
     except OSError as error:
         raise UserError(
@@ -51,17 +59,7 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
         ) from error
     tracker = Tracker.open(config.tracking.uri, config.tracking.experiment, name=folder.name)
     parent = tracker.start_run(folder, config=config.model_dump(mode="json", exclude={"out"}), fresh=not resume)
-    plan = [
-        _Job(
-            _single(config, strategy, seed, threads),
-            folder / "runs" / f"{_slug(label)}-seed{seed}",
-            label,
-            parent,
-            resume,
-        )
-        for seed in seeds  # all strategies of a seed one after the other: they share the stream in memory
-        for strategy, label in zip(strategies, labels, strict=True)
-    ]
+    plan = [_Job(settings, place, label, parent, resume) for settings, place, label in crossed]
     documents = _run_all(plan, jobs)
     comparison = assemble(config.scenario.name, str(folder), labels, documents)
     write_atomically(folder / COMPARISON_FILE, json.dumps(comparison, indent=1))
@@ -88,11 +86,12 @@ class _Job:
                     observer=progress,
                     parent=self.parent,
                 )
-        except UserError as error:
+        except Exception as error:
             document = experiment.read_document(self.folder)
-            if document is None:  # nothing was begun: a mistake in the configuration, the same for every seed
+            if isinstance(error, Interrupted) or document is None:  # none: a mistake that no run could mend
                 raise
-            log.warning("%s seed %d failed: %s", self.label, self.config.seed, error)
+            defect = not isinstance(error, UserError)  # of a plug-in, say: its author wants to see where
+            log.warning("%s seed %d failed: %s", self.label, self.config.seed, error, exc_info=defect)
             return document
 
 
@@ -136,28 +135,5 @@ def _labels(strategies: Sequence[StrategyConfig]) -> list[str]:
     return labels
 
 
-def _check_plugins(config: RunConfig, strategies: Sequence[StrategyConfig]) -> None:
-    """Validate every strategy, the model and the scenario before the first run spends an hour."""
-    from cl_lab import registry
-
-    for i, strategy in enumerate(strategies):
-        for link in strategy.links:
-            registry.create("strategies", {"name": link.name, **link.knobs}, f"strategies.{i}")
-    registry.create("models", {"name": config.model.name, **config.model.knobs}, "model")
-    registry.create("scenarios", {"name": config.scenario.name, **config.scenario.knobs}, "scenario")
-
-
 def _slug(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+=-]+", "-", label).strip("-") or "strategy"
-
-
-def rebuild(folder: Path) -> RunConfig:
-    """The configuration saved with a run or comparison."""
-    import yaml
-
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(
-            f"'{folder}' holds no run: config.yaml is missing; name a folder that cl-lab run or compare wrote"
-        )
-    return parse(yaml.safe_load(path.read_text()), str(path))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -68,6 +68,10 @@ class StrategyConfig(PluginConfig):
         return self.chain or [PluginConfig(name=self.name, **self.knobs)]
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class TrainingConfig(_Strict):
     """How each experience is learnt."""
 
@@ -79,7 +83,7 @@ class TrainingConfig(_Strict):
     lr: float = Field(0.05, gt=0, description="learning rate")
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="optimiser")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of sgd")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="moment decay rates of adam and adamw")
+    betas: tuple[_Decay, _Decay] = Field((0.9, 0.999), description="moment decay rates of adam and adamw")
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
     optimizer_state: Literal["fresh", "kept"] = Field(
         "fresh", description="start each experience with a new optimiser, or keep its moments across experiences"
@@ -88,13 +92,18 @@ class TrainingConfig(_Strict):
         "constant", description="learning-rate schedule within each experience"
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up at the start of each experience")
-    milestones: list[float] = Field(
+    milestones: list[_Share] = Field(
         default_factory=lambda: [0.5, 0.75], description="where 'step' decays, as fractions of the experience"
     )
     decay: float = Field(0.1, gt=0, le=1, description="factor of 'step' at each milestone")
     clip_norm: float | None = Field(None, gt=0, description="clip the gradient's global L2 norm to this")
     accumulate: int = Field(1, ge=1, description="split each batch into this many pieces to save memory")
-    validation: float = Field(0.0, ge=0, lt=1, description="share of each training set held out for early stopping")
+    validation: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each training set held out for early stopping (memories and Fisher still see it)",
+    )
     patience: int | None = Field(
         None, ge=1, description="stop an experience after this many epochs without a better validation accuracy"
     )

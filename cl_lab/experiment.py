@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +50,7 @@ def run(
     label = label or label_of(config.strategy)
     leader = int(os.environ.get("RANK", "0")) == 0
     if leader and not opened:
+        check_plugins(config, [config.strategy])  # before an earlier run makes room for a misspelt one
         _open_folder(folder, config, resume)
     if (config.engine.processes > 1 or config.engine.deepspeed) and not is_rank():  # DeepSpeed wants a process group
         return _run_in_ranks(config, folder, resume, label, parent)
@@ -68,8 +70,10 @@ def read_document(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         document: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(document, dict) or not isinstance(document.get("status"), str):
+            raise ValueError("not the document of a run")
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it and use --resume to rebuild it") from error
+        raise UserError(f"'{path}' is damaged ({error}); delete it and use --resume to rebuild it") from error
     return document
 
 
@@ -291,18 +295,28 @@ def _stream(scenario: str, seed: int) -> Any:
     return registry.create("scenarios", json.loads(scenario), "scenario").stream(seed)
 
 
+def check_plugins(config: RunConfig, strategies: Sequence[StrategyConfig]) -> None:
+    """Validate the knobs of every strategy, the model and the scenario; raises :class:`UserError` for the first mistake."""
+    for i, strategy in enumerate(strategies):
+        for j, link in enumerate(strategy.links):
+            place = _path(strategy, j) if strategy is config.strategy else f"strategies.{i}"
+            registry.create("strategies", {"name": link.name, **link.knobs}, place)
+    registry.create("models", {"name": config.model.name, **config.model.knobs}, "model")
+    registry.create("scenarios", {"name": config.scenario.name, **config.scenario.knobs}, "scenario")
+
+
 def _open_folder(folder: Path, config: RunConfig, resume: bool) -> None:
-    from cl_lab.files import write_atomically
+    from cl_lab.files import set_aside_name, write_atomically
 
     try:
         before = folder / "config.yaml"
         if folder.exists() and not resume and before.exists():
-            aside = _free_name(folder)
+            aside = set_aside_name(folder)
             folder.rename(aside)
             log.warning("%s held an earlier run; it is kept as %s (use --resume to continue a run)", folder, aside.name)
         folder.mkdir(parents=True, exist_ok=True)
-        if resume and before.exists():
-            _same_experiment(before, config)
+        if resume:
+            check_resumable(folder, config)
         write_atomically(before, dump(config))
         threads = environment.threads_for(config.engine.processes, config.engine.threads)
         write_atomically(folder / "environment.json", json.dumps(environment.snapshot(threads), indent=1))
@@ -312,23 +326,44 @@ def _open_folder(folder: Path, config: RunConfig, resume: bool) -> None:
         ) from error
 
 
-def _free_name(folder: Path) -> Path:
-    n = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{n}")).exists():
-        n += 1
-    return aside
+def check_resumable(folder: Path, config: RunConfig) -> None:
+    """Raise :class:`ConfigError` where ``folder`` holds a run of other settings than ``config``'s, naming the first."""
+    if not (folder / "config.yaml").is_file():
+        return
+    before, now = (c.model_dump(mode="json", include=set(_COMPARED)) for c in (saved_config(folder), config))
+    if (found := _difference(before, now, "")) is not None:
+        path, there, here = found
+        raise ConfigError(
+            f"--resume: '{path}' differs from the run in {folder} ({there} there, {here} now); "
+            "give the old settings, or another --out"
+        )
 
 
-def _same_experiment(path: Path, config: RunConfig) -> None:
+def saved_config(folder: Path) -> RunConfig:
+    """The configuration saved with a run or comparison; raises :class:`UserError` where it is missing or damaged."""
     import yaml
 
-    old = parse(yaml.safe_load(path.read_text()), str(path))
-    for name in _COMPARED:
-        if getattr(old, name) != getattr(config, name):
-            raise ConfigError(
-                f"--resume: '{name}' differs from the run in {path.parent} ({getattr(old, name)!r} there, "
-                f"{getattr(config, name)!r} now); give the old settings, or another --out"
-            )
+    path = folder / "config.yaml"
+    try:
+        return parse(yaml.safe_load(path.read_text()), str(path))
+    except FileNotFoundError:
+        raise UserError(
+            f"'{folder}' holds no run: config.yaml is missing; name a folder that cl-lab run or compare wrote"
+        ) from None
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UserError(f"'{path}' is damaged ({error}); repeat the run with another --out") from error
+
+
+def _difference(before: Any, now: Any, path: str) -> tuple[str, str, str] | None:
+    """Dotted path of the first place where two documents differ, with what stands there in each."""
+    if before == now:
+        return None
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            place = f"{path}.{key}" if path else str(key)
+            if (found := _difference(before.get(key), now.get(key), place)) is not None:
+                return found
+    return path, json.dumps(before), json.dumps(now)
 
 
 def _run_in_ranks(config: RunConfig, folder: Path, resume: bool, label: str, parent: str | None) -> dict[str, Any]:

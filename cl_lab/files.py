@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+_ASIDE = ".old-"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -19,3 +22,17 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def set_aside_name(folder: Path) -> Path:
+    """A free name beside ``folder``, for keeping what it holds when a new run wants its place."""
+    n = 1
+    while (aside := folder.with_name(f"{folder.name}{_ASIDE}{n}")).exists():
+        n += 1
+    return aside
+
+
+def run_folders(comparison: Path) -> list[Path]:
+    """The folders of a comparison's runs, sorted, without earlier runs that were set aside."""
+    found = (p for p in (comparison / "runs").glob("*") if p.is_dir())
+    return sorted(p for p in found if not re.search(rf"{re.escape(_ASIDE)}\d+$", p.name))

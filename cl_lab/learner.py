@@ -368,33 +368,45 @@ class EngineLearner:
 
     @torch.no_grad()
     def accuracy(self, data: TensorData, batch_size: int) -> float:
-        """Share of ``data`` whose highest logit is the label, in evaluation mode, over all ranks."""
+        """Share of ``data`` whose highest logit is the label, in evaluation mode, over all ranks.
+
+        Raises :class:`TrainingError` where outputs are not finite: their highest logit would mean nothing.
+        """
         model = self._plain if self._wrapped is None else self._wrapped
         model.eval()
         n = len(data)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # right answers, outputs that are not finite
         # Every rank runs the same number of batches: ZeRO 3 gathers parameters in each of them.
         for start in range(0, n, batch_size * self.world):
             lo = min(start + self.rank * batch_size, n)
             hi = min(lo + batch_size, n)
             rows = slice(lo, hi) if hi > lo else slice(0, 1)
             batch = Batch(data.x[rows], data.y[rows], data.t[rows], 0).to(self.device)
-            hits = (self.forward(batch).argmax(dim=1) == batch.y).sum()
-            correct += hits if hi > lo else 0
-        return int(self.reduce(correct)) / n
+            highest, label = self.forward(batch).max(dim=1)
+            if hi > lo:
+                counts[0] += (label == batch.y).sum()
+                counts[1] += (~highest.isfinite()).sum()
+        correct, broken = self.reduce(counts).tolist()
+        if broken:
+            raise TrainingError(
+                f"the model's outputs are not finite on {broken} of {n} samples: training diverged with "
+                f"training.lr={self._training.lr}; lower training.lr, or set training.clip_norm"
+            )
+        return int(correct) / n
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter and buffer by name, full, on the CPU."""
         return self._full_weights()
 
     def set_weights(self, weights: State) -> None:
-        """Take over what :meth:`weights` gave; the optimiser starts anew."""
+        """Take over what :meth:`weights` gave; the optimiser keeps its state."""
         was_open = self._wrapped is not None
+        optimizer = self._optimizer_state() if was_open else {}
         self._close()
         self._template.load_state_dict(weights)
         self._plain.load_state_dict(weights)
         if was_open:
-            self._open({})
+            self._open(optimizer)
 
     def state_dict(self) -> State:
         """Weights, optimiser state, frozen set and strategy generator: full tensors by name, for any engine."""

@@ -23,6 +23,9 @@ from cl_lab.errors import ConfigError, PluginError, nearest
 KINDS = ("scenarios", "strategies", "models", "editors", "metrics")
 """What ``cl-lab list`` knows; each is the entry-point group ``cl_lab.<kind>``, but for metrics (plain functions)."""
 
+_METHOD = {"scenarios": "stream", "strategies": "before_experience", "models": "build", "editors": "propose"}
+"""What a class of each kind cannot do without."""
+
 _FENCED = ("strategies", "scenarios")
 
 
@@ -119,6 +122,10 @@ def create(kind: str, config: Mapping[str, Any], path: str) -> Any:
     if not dataclasses.is_dataclass(cls):
         raise PluginError(
             f"{singular(kind)} '{config['name']}' is no dataclass; decorate {cls.__name__} with @dataclass"
+        )
+    if not hasattr(cls, method := _METHOD[kind]):
+        raise PluginError(
+            f"'{config['name']}' is no {singular(kind)}: it has no method '{method}'; derive it from cl_lab.protocols"
         )
     return knobs.build(cls, {**values, **preset}, path)
 

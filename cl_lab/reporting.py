@@ -16,14 +16,14 @@ import math
 import re
 import shlex
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_lab.errors import UserError
-from cl_lab.files import write_atomically
+from cl_lab.files import run_folders, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -256,7 +256,7 @@ def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
     for path in map(Path, paths):
         folders = [path]
         if (path / "comparison.json").is_file() or (path / "runs").is_dir():
-            folders = sorted(p for p in (path / "runs").glob("*") if p.is_dir())
+            folders = run_folders(path)
             if not folders:
                 raise UserError(f"comparison '{path}' holds no runs; run cl-lab compare again")
         for folder in folders:
@@ -264,6 +264,7 @@ def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
     scenarios = sorted({str(run["scenario"]) for run in runs.values()})
     if len(scenarios) > 1:
         raise UserError(f"runs on different scenarios cannot be compared: {', '.join(scenarios)}; give runs on one")
+    _check_same_stream(runs.values())
     groups: dict[str, dict[Any, dict[str, Any]]] = {}
     for run in runs.values():
         label, number = str(run["label"]), 1
@@ -273,6 +274,23 @@ def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
         groups.setdefault(label, {})[run["seed"]] = {**run, "label": label}
     documents = [group[seed] for group in groups.values() for seed in sorted(group)]
     return assemble(scenarios[0], str(paths[0]) if len(paths) == 1 else "", list(groups), documents)
+
+
+def _check_same_stream(runs: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse runs on streams of one name but other knobs (five experiences and ten, class- and task-incremental)."""
+    met: dict[Any, tuple[str, Any]] = {}
+    for run in runs:
+        if not run.get("experiences"):  # failed before there was a stream
+            continue
+        shape = f"{len(run['experiences'])} experiences, chance {run.get('chance')}"
+        # Another seed may rightly mean other data; the number of experiences and what guessing gives stay.
+        for key, found in (("shape", shape), (run["seed"], f"fingerprint {str(run.get('fingerprint'))[:12]}")):
+            path, other = met.setdefault(key, (run["path"], found))
+            if found != other:
+                raise UserError(
+                    f"'{path}' ({other}) and '{run['path']}' ({found}) ran on different streams called "
+                    f"'{run['scenario']}'; give runs on one"
+                )
 
 
 def rich_table(comparison: Mapping[str, Any]) -> Table:

@@ -34,7 +34,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cl_lab.errors import UserError
-from cl_lab.files import write_atomically
+from cl_lab.files import run_folders, write_atomically
 
 log = logging.getLogger("cl_lab")
 
@@ -361,7 +361,7 @@ def push(folder: Path, uri: str | None, *, experiment: str | None = None, force:
     if target is None:
         raise UserError(f"tracking uri '{uri}' means no tracking; give one, for example sqlite:///mlruns.db")
     if (folder / "comparison.json").is_file():
-        children = sorted(p.parent for p in folder.glob("runs/*/run.json"))
+        children = [p for p in run_folders(folder) if (p / "run.json").is_file()]
     elif (folder / "run.json").is_file():
         children = []
     else:
@@ -404,6 +404,9 @@ def _push_one(
     return tracker.run_id
 
 
+_SERVABLE = ("sqlite", "postgresql", "mysql", "mssql", "file")
+
+
 def serve_ui(uri: str | None, port: int = 5000, host: str = "127.0.0.1") -> int:
     """Run MLflow's own page on ``uri`` until Ctrl-C; returns its exit code.
 
@@ -414,6 +417,8 @@ def serve_ui(uri: str | None, port: int = 5000, host: str = "127.0.0.1") -> int:
         raise UserError("tracking is off (tracking.uri is null); give --uri, for example sqlite:///mlruns.db")
     if target.startswith(("http://", "https://")):
         raise UserError(f"{target} is a tracking server with its own page; open it in a browser")
+    if (scheme := urlsplit(target).scheme.partition("+")[0]) not in _SERVABLE:
+        raise UserError(f"--uri '{uri}': MLflow cannot show a '{scheme}' store; give one of {', '.join(_SERVABLE)}")
     root = _artifact_root(target)
     if target.startswith("sqlite:///") and not Path(_sqlite_path(target)).is_file():
         raise UserError(f"'{_sqlite_path(target)}' does not exist; run something first, or give --uri")

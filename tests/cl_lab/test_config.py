@@ -290,3 +290,9 @@ def test_shipped_configs_are_valid(path: Path) -> None:
     assert re.search(r"cl-lab (run|compare) " + re.escape(f"configs/{path.name}"), path.read_text()), (
         "says how to run it"
     )
+
+
+@pytest.mark.parametrize("training", [{"betas": [1, 2]}, {"betas": [0.9, -0.1]}, {"milestones": [5]}])
+def test_numbers_in_lists_have_bounds_too(training: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"training\.(betas|milestones)\.\d = "):
+        parse({"scenario": "x", "training": training}, "test")

@@ -474,3 +474,8 @@ def test_ui_runs_mlflow_on_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyP
     command = " ".join(seen[0])
     assert f"-m mlflow ui --backend-store-uri sqlite:///{tmp_path}/a.db --host 127.0.0.1 --port 5055" in command
     assert f"--default-artifact-root {(tmp_path / 'mlartifacts').as_uri()}" in command
+
+
+def test_ui_refuses_a_store_it_cannot_show() -> None:
+    with pytest.raises(UserError, match="cannot show a 'foo' store"):
+        tracking.serve_ui("foo://bar")

@@ -153,6 +153,12 @@ def test_loss_that_is_not_finite_stops_the_run() -> None:
     assert trainer.record.initial, "what was measured stays"
 
 
+def test_divergence_in_the_last_step_is_noticed() -> None:
+    training = {"epochs": 1, "batch_size": 100, "lr": 3e38}
+    with pytest.raises(TrainingError, match=r"outputs are not finite on \d+ of 40 samples"):
+        toys.trainer(NAIVE, toys.stream(experiences=1), training=training).run()
+
+
 def test_bf16_learns() -> None:
     record = toys.trainer(NAIVE, toys.stream(incremental="task"), engine={"precision": "bf16"}).run()
     assert [record.matrix[i][i] for i in range(3)] == [1.0] * 3

@@ -1,0 +1,103 @@
+"""Comparisons and the folders they live in: what is resumed, what is set aside, what a broken plug-in costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cl_lab import checkpoint
+from cl_lab.comparison import compare
+from cl_lab.config import RunConfig, parse
+from cl_lab.errors import ConfigError, PluginError, UserError
+from cl_lab.experiment import run
+from cl_lab.files import run_folders
+from cl_lab.reporting import from_runs
+
+
+def settings(**changes: object) -> RunConfig:
+    document = {
+        "scenario": {"name": "split-digits", "experiences": 2, "train_limit": 40, "test_limit": 20},
+        "model": {"name": "mlp", "hidden": [4]},
+        "strategy": "naive",
+        "strategies": ["naive"],
+        "engine": {"threads": 1},
+        "tracking": {"uri": None},
+    }
+    return parse({**document, **changes}, "test")
+
+
+def test_resuming_with_other_settings_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    compare(settings(), tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"'training.epochs' differs .*naive-seed0 \(1 there, 3 now\)"):
+        compare(settings(training={"epochs": 3}), tmp_path, resume=True)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_runs_set_aside_stay_out_of_the_report(tmp_path: Path) -> None:
+    compare(settings(), tmp_path)
+    compare(settings(), tmp_path)
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["naive-seed0", "naive-seed0.old-1"]
+    assert [p.name for p in run_folders(tmp_path)] == ["naive-seed0"]
+    assert [row["strategy"] for row in from_runs([tmp_path])["rows"]] == ["naive"]
+
+
+def test_a_plugin_that_raises_costs_only_its_own_run(tmp_path: Path) -> None:
+    plugin = tmp_path / "raises.py"
+    plugin.write_text(
+        "from dataclasses import dataclass\nfrom cl_lab.protocols import Strategy\n\n\n@dataclass\nclass Raises(Strategy):\n"
+        "    def after_step(self, learner):\n        raise ValueError('boom')\n"
+    )
+    found = compare(settings(strategies=[f"{plugin}:Raises", "naive"]), tmp_path / "out")
+    assert [(r["runs"][0]["status"], r["runs"][0]["error"]) for r in found["rows"]] == [
+        ("failed", "boom"),
+        ("finished", None),
+    ]
+
+
+def test_a_mistake_leaves_the_earlier_run_in_its_place(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(settings(), folder)
+    with pytest.raises(ConfigError, match=r"model\.hidden"):
+        run(settings(model={"name": "mlp", "hidden": ["x"]}), folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_class_of_another_kind_is_no_plugin(tmp_path: Path) -> None:
+    plugin = tmp_path / "other.py"
+    plugin.write_text("from dataclasses import dataclass\n\n\n@dataclass\nclass Other:\n    pass\n")
+    with pytest.raises(PluginError, match="is no strategy: it has no method 'before_experience'"):
+        run(settings(strategy=f"{plugin}:Other"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("run.json", "{}"), ("run.json", "[]"), ("run.json", "{x"), ("config.yaml", "{: x")]
+)
+def test_a_damaged_file_is_named_on_resume(tmp_path: Path, file: str, content: str) -> None:
+    run(settings(), tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=f"{file}' is damaged"):
+        run(settings(), tmp_path, resume=True)
+
+
+def test_streams_of_one_name_but_other_knobs_are_not_compared(tmp_path: Path) -> None:
+    scenario = {"name": "split-digits", "train_limit": 40, "test_limit": 20}
+    run(settings(scenario={**scenario, "experiences": 2}), tmp_path / "two")
+    run(settings(scenario={**scenario, "experiences": 5}, strategy="joint"), tmp_path / "five")
+    run(settings(scenario={**scenario, "experiences": 2, "incremental": "task"}), tmp_path / "task")
+    for other in ("five", "task"):
+        with pytest.raises(UserError, match="different streams called 'split-digits'"):
+            from_runs([tmp_path / "two", tmp_path / other])
+
+
+def test_early_stopping_leaves_a_kept_optimiser_its_state(tmp_path: Path) -> None:
+    training = {"epochs": 3, "validation": 0.2, "patience": 1, "optimizer": "adam", "optimizer_state": "kept"}
+    run(settings(training=training), tmp_path)
+    found = checkpoint.load_newest(tmp_path / "checkpoints")
+    assert found is not None
+    learner = found[0]["learner"]
+    assert isinstance(learner, dict)
+    optimizer = learner["optimizer"]
+    assert isinstance(optimizer, dict)
+    assert set(optimizer) == set(learner["weights"]), "moments of every parameter"  # type: ignore[arg-type]
