@@ -87,7 +87,7 @@ def stream(**knobs: Any) -> Stream:
 def own_settings(name: str) -> dict[str, Any]:
     """A registered strategy with the knobs it gave itself for tests, as a config would hold it."""
     cls, _ = registry.load("strategies", name)
-    return {"name": name, **cls.conformance_knobs()}  # type: ignore[attr-defined]
+    return {"name": name, **cls.conformance_knobs()}
 
 
 TRAINING = {"epochs": 3, "batch_size": 10, "lr": 0.1}

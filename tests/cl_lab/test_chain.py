@@ -109,15 +109,15 @@ def test_hooks_nobody_overrides_cost_nothing() -> None:
     on = toys.stream()
     chain = Chain([Strategy(), Strategy()], ["a", "b"], on)
     assert not any(chain.overrides(hook) for hook in HOOKS)
-    assert chain.budget(on.experiences[0], None) == 1  # type: ignore[arg-type]
-    assert chain.penalty(None) == 0.0  # type: ignore[arg-type]
+    assert chain.budget(on.experiences[0], None) == 1
+    assert chain.penalty(None) == 0.0
     assert not chain.reference
 
 
 def test_state_of_equal_links_stays_apart() -> None:
     on = toys.stream()
     chain = Chain([Loud("a"), Loud("b"), Strategy()], ["x/y.py:Loud", "x/y.py:Loud", "naive"], on)
-    chain.links[1].after_experience(on.experiences[0], None)  # type: ignore[arg-type]
+    chain.links[1].after_experience(on.experiences[0], None)
     state = chain.state_dict()
     assert state == {"0-x/y.py:Loud": {"count": 0}, "1-x/y.py:Loud": {"count": 1}, "2-naive": {}}
     other = Chain([Loud("a"), Loud("b"), Strategy()], ["x/y.py:Loud", "x/y.py:Loud", "naive"], on)
@@ -128,7 +128,7 @@ def test_state_of_equal_links_stays_apart() -> None:
 def test_two_choosers_clash() -> None:
     on = toys.stream()
     chain = Chain([Strategy(), Chooser()], ["naive", "one"], on)
-    assert chain.training_set(on.experiences[0], None) is None  # type: ignore[arg-type]
+    assert chain.training_set(on.experiences[0], None) is None
     with pytest.raises(ConfigError, match=r"^strategy chain: one and two both choose the training set; keep one"):
         Chain([Chooser(), Strategy(), Chooser()], ["one", "naive", "two"], on)
 

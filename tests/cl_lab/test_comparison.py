@@ -100,4 +100,4 @@ def test_early_stopping_leaves_a_kept_optimiser_its_state(tmp_path: Path) -> Non
     assert isinstance(learner, dict)
     optimizer = learner["optimizer"]
     assert isinstance(optimizer, dict)
-    assert set(optimizer) == set(learner["weights"]), "moments of every parameter"  # type: ignore[arg-type]
+    assert set(optimizer) == set(learner["weights"]), "moments of every parameter"

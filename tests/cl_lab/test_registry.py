@@ -83,7 +83,7 @@ def test_an_argument_after_the_colon() -> None:
     assert registry.create("scenarios", {"name": "avalanche:SplitOmniglot"}, "scenario").benchmark == "SplitOmniglot"
     with pytest.raises(ConfigError, match=r"^scenario\.benchmark: given twice, in the name 'avalanche:A' and as a key"):
         registry.create("scenarios", {"name": "avalanche:A", "benchmark": "B"}, "scenario")
-    assert cls.argument == "benchmark"  # type: ignore[attr-defined]
+    assert cls.argument == "benchmark"
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
