@@ -253,12 +253,13 @@ def by_classes(labels: Mapping[str, Tensor], order: Sequence[int], sizes: Sequen
     """Divide every set by class: the first ``sizes[0]`` classes of ``order``, then the next ``sizes[1]``, and so on.
 
     ``labels`` holds one int64 ``[N]`` per stream name, all with the same classes ``range(C)``; ``order`` is a
-    permutation of them and ``sizes`` sums to C. Rows come back ascending.
+    permutation of them and ``sizes`` sums to C or less, the last classes then being left out. Rows come back ascending.
     """
     sets = {name: _dataset(y, torch.arange(len(y))) for name, y in labels.items()}
-    return _read(
-        generators().class_incremental_benchmark(sets, class_order=list(order), num_classes_per_exp=list(sizes))
-    )
+    rest = len(order) - sum(sizes)  # the generator takes all classes or none
+    parts = [*sizes, rest] if rest else list(sizes)
+    rows = _read(generators().class_incremental_benchmark(sets, class_order=list(order), num_classes_per_exp=parts))
+    return rows[: len(sizes)]
 
 
 def by_rows(labels: Mapping[str, Tensor], rows: Sequence[Rows]) -> list[Rows]:

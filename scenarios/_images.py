@@ -88,6 +88,12 @@ def _training_set(images: ImageSet, plan: _Plan, pad: int) -> TensorData:
     return TensorData.concat([own, *past]).take(plan.again.order)
 
 
+def _filtered(plan: _Plan, part: str, keep: Tensor) -> _Plan:
+    """``plan`` with those rows of ``part`` for which ``keep`` (bool, one per sample of the set) says so."""
+    rows = plan.rows[part]
+    return replace(plan, rows={**plan.rows, part: rows[keep[rows]]})
+
+
 def _is_all(rows: Tensor, length: int) -> bool:
     # Then the set itself serves: no copy, and a memory-mapped set stays on disk.
     return len(rows) == length and bool((rows == torch.arange(length)).all())
@@ -113,6 +119,13 @@ class _Images(Scenario):
     pad: int = knob(0, "zero pixels added on each side (2 makes MNIST 32×32, as in van de Ven's permuted MNIST)", ge=0)
     train_limit: int | None = knob(None, "training samples per experience, drawn by class with the run's seed", ge=1)
     test_limit: int | None = knob(None, "test samples per experience, drawn by class; the same for every seed", ge=1)
+    holdout: float | None = knob(
+        None,
+        "share of each class's training images that stand in for the test images, which are then not used: the stream to "
+        "choose settings on; the same share for every seed",
+        gt=0,
+        lt=1,
+    )
     normalise: bool = knob(False, "scale inputs by mean and standard deviation of the training pixels")
     revisit: Literal["none", "power", "exponential", "uniform"] = knob(
         "none",
@@ -173,11 +186,18 @@ class _Images(Scenario):
         """
         images = self.images()
         order_seed = seed if self.order_seed is None else self.order_seed
+        held = None if self.holdout is None else self._held(images, self.holdout)
+        if held is not None:
+            images = replace(
+                images, test_x=images.train_x, test_y=images.train_y, test_domain=images.train_domain
+            )  # the rows below keep the two parts apart
         plans = self._plan(images, order_seed)
+        if held is not None:
+            plans = [_filtered(plan, "train", ~held) for plan in plans]
         plans = [self._limited(images, plan, i, seed) for i, plan in enumerate(plans)]
         plans = self._arranged(images, plans, order_seed, seed)
         plans = self._revisited(plans, seed)
-        tests = self._limited_tests(images, plans)
+        tests = self._limited_tests(images, plans, held)
         plans = [replace(p, rows={**p.rows, "test": tests[id(p.rows["test"])]}) for p in plans]
         channels, height, width = images.train_x.shape[1:]
         told = self.incremental == "task"
@@ -225,9 +245,20 @@ class _Images(Scenario):
         rows = _orders.limit_rows(rows, images.train_y[rows], self.train_limit * plan.pieces, rng)
         return replace(plan, rows={**plan.rows, "train": rows})
 
-    def _limited_tests(self, images: ImageSet, plans: list[_Plan]) -> dict[int, Tensor]:
+    def _held(self, images: ImageSet, share: float) -> Tensor:
+        """Which training images stand in for the test images: bool ``[N]``, at least one of each class."""
+        y = images.train_y
+        counts = (torch.bincount(y, minlength=images.n_classes) * share).round().long().clamp(min=1)
+        held = torch.zeros(len(y), dtype=torch.bool)
+        # Every seed is measured on the same samples.
+        held[_orders.keep_counts(torch.arange(len(y)), y, counts, generator(0, "holdout"))] = True
+        return held
+
+    def _limited_tests(self, images: ImageSet, plans: list[_Plan], held: Tensor | None) -> dict[int, Tensor]:
         """The test rows by the identity of those in the plans: what was shared stays shared."""
         tests = {id(p.rows["test"]): p.rows["test"] for p in plans}
+        if held is not None:
+            tests = {key: rows[held[rows]] for key, rows in tests.items()}
         if self.test_limit is None:
             return tests
         return {

@@ -45,6 +45,9 @@ class _Split(_Images):
     """
 
     shuffle_classes: bool = knob(False, "draw the class order with order_seed; otherwise it is the natural one")
+    only_classes: int | None = knob(
+        None, "take only the first so many classes of the order, as if the set had no others; null: all", ge=1
+    )
     base_classes: int | None = knob(
         None, "classes of the first experience, a base session; the other experiences share the rest evenly", ge=1
     )
@@ -80,6 +83,7 @@ class _Split(_Images):
         by_class, cuts, given = self._by_class(), self._cuts_samples(), f"incremental = {self.incremental!r}"
         if not by_class:
             others = {
+                "only_classes": self.only_classes is not None,
                 "base_classes": self.base_classes is not None,
                 "order": cuts,
                 "temporal": self.temporal is not None,
@@ -147,8 +151,13 @@ class _Split(_Images):
         order = torch.arange(images.n_classes)
         if self.shuffle_classes:
             order = permutation(images.n_classes, order_seed, "classes")
+        if self.only_classes is not None and self.only_classes > images.n_classes:
+            raise ConfigError(
+                f"only_classes = {self.only_classes}: {self.source} has {images.n_classes} classes; give at most so many"
+            )
         pool = self._cuts_samples()
-        sizes = self._pool_sizes(images.n_classes) if pool else self._sizes(images.n_classes)
+        n_classes = self.only_classes or images.n_classes
+        sizes = self._pool_sizes(n_classes) if pool else self._sizes(n_classes)
         labels = {"train": images.train_y, "test": images.test_y}
         names = self._names(images)
         plans = []

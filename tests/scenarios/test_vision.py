@@ -6,14 +6,14 @@ import dataclasses
 import itertools
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from cl_lab import knobs
 from cl_lab.errors import ConfigError, DataError
-from cl_lab.records import Stream
+from cl_lab.records import Stream, TensorData
 from scenarios import vision
 from scenarios._sources import ImageSet
 from scenarios.vision import CORe50, PermutedMNIST, RotatedMNIST, SplitDigits, SplitMNIST
@@ -335,3 +335,47 @@ def test_real_split_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = SplitMNIST(data_dir=str(SHARED)).stream(0)
     assert [len(e.train) for e in stream.experiences] == [12665, 12089, 11263, 12183, 11800]
     assert stream.fingerprint().startswith("659ce564")
+
+
+# -- choosing settings without the test images ---------------------------------------------------------------------
+
+
+def _rows_of(data: TensorData) -> set[bytes]:
+    return {x.numpy().tobytes() for x in data.x}
+
+
+def test_a_hold_out_comes_from_the_training_images_and_is_not_trained_on(images: ImageSet) -> None:
+    known = {x.numpy().tobytes() for x in images.train_x}
+    plain = SplitMNIST().stream(0)
+    held = SplitMNIST(holdout=0.25).stream(0)
+    for before, now in zip(plain.experiences, held.experiences, strict=True):
+        train, test = _rows_of(now.train), _rows_of(now.test)
+        assert not train & test
+        assert train | test == _rows_of(before.train)
+        assert test <= known
+        assert now.test.y.unique().tolist() == list(now.classes)
+        assert len(now.test) == 2 * round(0.25 * len(before.train) / 2)
+    again = SplitMNIST(holdout=0.25).stream(1)
+    assert [e.test.digest() for e in again.experiences] == [e.test.digest() for e in held.experiences]
+
+
+def test_a_hold_out_goes_through_what_its_experience_does_to_the_pixels(images: ImageSet) -> None:
+    first, second = PermutedMNIST(experiences=2, first_identity=True, holdout=0.5).stream(0).experiences
+    assert torch.equal(first.test.y, second.test.y)
+    assert not torch.equal(first.test.x, second.test.x)
+    assert torch.equal(first.test.x.flatten(1).sort(1).values, second.test.x.flatten(1).sort(1).values)
+    assert len(first.train) + len(first.test) == len(images.train_y)
+
+
+@pytest.mark.parametrize("order", ["class", "iid"])
+def test_only_the_first_classes_of_the_order(images: ImageSet, order: Literal["class", "iid"]) -> None:
+    base = SplitMNIST(shuffle_classes=True, base_classes=4, experiences=4).stream(3).experiences[0]
+    small = SplitMNIST(shuffle_classes=True, only_classes=4, base_classes=2, experiences=3, order=order).stream(3)
+    assert small.n_classes == 4
+    joined = set.union(*(_rows_of(e.train) for e in small.experiences))
+    assert joined == _rows_of(base.train)
+
+
+def test_more_classes_than_there_are_is_one_line(images: ImageSet) -> None:
+    with pytest.raises(ConfigError, match="only_classes = 11: mnist has 10 classes"):
+        SplitMNIST(only_classes=11).stream(0)
