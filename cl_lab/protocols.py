@@ -257,6 +257,9 @@ class ModelSpec:
     ``[B, n_classes]``; where the stream is a regression, ``[B, 1]`` predictions.
     """
 
+    parts: ClassVar[tuple[str, ...]] = ()
+    """What a sample must be made of (names of :attr:`Stream.layout <cl_lab.records.Stream>`); empty: one tensor."""
+
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
         """Knobs under which the conformance suite can build this model on a machine that has no weights."""

@@ -6,7 +6,8 @@ Importing this module loads torch; the command line therefore imports it only wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -204,6 +205,8 @@ class Stream:
     one experience ends; ``online`` that each sample is seen once. ``mean`` and ``std`` (per channel, of inputs scaled to
     [0, 1]) normalise the input; ``None`` leaves it in [0, 1].
 
+    Where a sample is flat but made of parts (a picture and a question), ``layout`` names them with their shapes, in order.
+
     A stream whose ``objective`` is regression has float32 targets, one output (``n_classes = 1``, the one class 0 in every
     experience) and no task labels; it is learnt by squared error.
     """
@@ -218,8 +221,15 @@ class Stream:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     objective: Objective = "classification"
+    layout: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        parts = sum(math.prod(shape) for shape in self.layout.values())
+        if self.layout and self.input_shape != (parts,):
+            raise DataError(
+                f"stream '{self.name}' lays a sample out as {dict(self.layout)}, {parts} values, but one is "
+                f"{list(self.input_shape)}"
+            )
         if self.objective == "regression" and (self.n_classes != 1 or self.task_labels):
             raise DataError(
                 f"stream '{self.name}' is a regression with n_classes={self.n_classes}, task_labels={self.task_labels}; "

@@ -63,7 +63,10 @@ class Remind(Strategy):
     memory_bytes: int | str | None = knob(None, doc="instead of memory: a budget in bytes, codebooks counted")
     replay: int = knob(50, doc="remembered samples per step", ge=0)
     mixup: float = knob(
-        0.1, doc="a of Beta(a, a) for mix-up of remembered samples; 0 (or told task labels): none", ge=0
+        0.1,
+        doc="a of Beta(a, a) for mix-up of remembered samples; none at 0, with told task labels, or where a question goes "
+        "with a picture",
+        ge=0,
     )
     crop: float = knob(2 / 7, doc="smallest share of a map that a random resized crop keeps; 1: no crop", gt=0, le=1)
     lr_start: float | None = knob(None, doc="learning rate of a class's first sample; null: training.lr for all", gt=0)
@@ -77,7 +80,11 @@ class Remind(Strategy):
     _counts: Tensor = field(init=False, repr=False)  # samples met, by class
     _errors: list[float] = field(default_factory=list, init=False, repr=False)  # held-out base first, then fresh data
     _shape: list[int] = field(default_factory=list, init=False, repr=False)  # of one sample's latent, channels last
+    _rows: tuple[int, int] | None = field(
+        default=None, init=False, repr=False
+    )  # vectors of a flat latent, and their size
     _lower: list[str] = field(default_factory=list, init=False, repr=False)  # modules of G
+    _beside: int = field(default=0, init=False, repr=False)  # numbers that go with the vectors
     _frozen: bool = field(default=False, init=False, repr=False)
     _encoder: nn.Module | None = field(default=None, init=False, repr=False)  # not state: a copy of the model
 
@@ -106,6 +113,7 @@ class Remind(Strategy):
             raise ConfigError(f"remind cuts a backbone in two, but {type(model).__name__} cannot be cut")
         self._counts = torch.zeros(stream.n_classes, dtype=torch.int64)
         self._lower = split(self._stage(model))
+        self._rows = getattr(getattr(model, "backbone", None), "latent_rows", None)
         return model
 
     def _stage(self, model: Any) -> str:
@@ -146,8 +154,9 @@ class Remind(Strategy):
         self._frozen = True
         data = experience.train
         order = torch.randperm(len(data), generator=learner.rng)
-        probe = channels_last(self._latents(data.take(order[:1]), learner))
+        probe, beside = self._vectors(self._latents(data.take(order[:1]), learner))
         self._shape = list(probe.shape[1:])
+        self._beside = 0 if beside is None else beside.shape[1]
         if self.codebooks is not None:
             places = math.prod(self._shape[:-1])
             held = order[: max(1, len(data) // 10)] if len(data) > 1 else order
@@ -155,7 +164,7 @@ class Remind(Strategy):
             learnt = learnt[: max(self.codebook_size, _FIT_VECTORS // places)]
             quantizer = ProductQuantizer(self._shape[-1], self.codebooks, self.codebook_size)
             seed = int(torch.randint(2**31, (), generator=learner.rng))
-            vectors = channels_last(self._latents(data.take(learnt), learner)).flatten(0, -2)
+            vectors = self._vectors(self._latents(data.take(learnt), learner))[0].flatten(0, -2)
             quantizer.fit(vectors, seed=seed, opq=self.opq, backend=self.quantizer)
             self._quantizer = quantizer
             self._errors = [self._error(data.take(held), learner)]
@@ -175,23 +184,29 @@ class Remind(Strategy):
         return "codes" if self._frozen else None
 
     def encode(self, data: TensorData, learner: Learner) -> TensorData:
-        """The codes of ``data``, ``[N, …, M]``; each rank runs its own rows through G."""
+        """The codes of ``data``, ``[N, …, M]``; each rank runs its own rows through G.
+
+        Where something goes with the latents (:attr:`_rows`), a row is flat: its codes, then that.
+        """
         if not data.raw:
             return data
         mine = learner.shard_rows(torch.arange(len(data)))
         codes: Tensor | None = None
         for rows in mine.split(_ENCODE_ROWS):
-            h = channels_last(self._latents(data.take(rows), learner))
+            h, beside = self._vectors(self._latents(data.take(rows), learner))
             found = (
                 h if self._quantizer is None else self._quantizer.encode(h.flatten(0, -2)).unflatten(0, h.shape[:-1])
             )
+            if beside is not None:
+                found = torch.cat([found.flatten(1), beside.to(found.dtype)], 1)
             if codes is None:
                 codes = torch.zeros(len(data), *found.shape[1:], dtype=found.dtype)
             codes[rows] = found.cpu()
         if codes is None:  # fewer samples than ranks
             width = self._shape[-1] if self.codebooks is None else self.codebooks
             kind = torch.float32 if self._quantizer is None else self._quantizer.dtype
-            codes = torch.zeros(len(data), *self._shape[:-1], width, dtype=kind)
+            shape = [math.prod(self._shape[:-1]) * width + self._beside] if self._rows else [*self._shape[:-1], width]
+            codes = torch.zeros(len(data), *shape, dtype=kind)
         return TensorData(learner.reduce(codes.to(learner.device)).cpu(), data.y, data.t, raw=False)
 
     @torch.no_grad()
@@ -203,16 +218,32 @@ class Remind(Strategy):
         parts = [encoder.latents(learner.prepare_input(x)) for x in data.x.split(_ENCODE_ROWS)]
         return torch.cat(parts)
 
+    def _vectors(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Latents as rows of vectors ``[B, …, D]``, and what goes with them ``[B, L]``: whole numbers below 256.
+
+        A model whose latents hold more than vectors (a question beside the regions of a picture) makes them flat, vectors
+        first, and says with ``backbone.latent_rows`` how many vectors of which size these are.
+        """
+        if self._rows is None:
+            return channels_last(h), None
+        size = math.prod(self._rows)
+        return h[:, :size].unflatten(1, self._rows), h[:, size:]
+
     def _decode(self, codes: Tensor) -> Tensor:
-        """Latents ``[B, C, …]`` of codes ``[B, …, M]``."""
+        """Latents ``[B, C, …]`` of codes ``[B, …, M]``; flat ones of flat rows."""
         if self._quantizer is None:
-            return channels_first(codes)
+            return codes if self._rows is not None else channels_first(codes)
+        if self._rows is not None:
+            assert self.codebooks is not None
+            size = self._rows[0] * self.codebooks
+            vectors = self._quantizer.decode(codes[:, :size].reshape(-1, self.codebooks)).view(len(codes), -1)
+            return torch.cat([vectors, codes[:, size:].to(vectors)], 1)
         return channels_first(self._quantizer.decode(codes.flatten(0, -2)).unflatten(0, codes.shape[:-1]))
 
     def _error(self, data: TensorData, learner: Learner) -> float:
         assert self._quantizer is not None
         few = data.take(torch.arange(min(len(data), _ENCODE_ROWS)))
-        return self._quantizer.error(channels_last(self._latents(few, learner)).flatten(0, -2))
+        return self._quantizer.error(self._vectors(self._latents(few, learner))[0].flatten(0, -2))
 
     def _watch(self, experience: Experience, learner: Learner) -> None:
         """Measure the codes on fresh data, once per experience; warn where the stream has left the codebooks behind."""
@@ -247,7 +278,7 @@ class Remind(Strategy):
             raise ConfigError("strategy chain: remind must stand first among rehearsal strategies; reorder the chain")
         streaming = len(self._memory) > 0
         h, y, t = self._decode(batch.x), batch.y, batch.t
-        mixing = self.mixup > 0 and streaming and not learner.stream.task_labels
+        mixing = self.mixup > 0 and streaming and not learner.stream.task_labels and self._rows is None
         drawn = self._memory.draw(self.replay * (1 + mixing), learner.rng) if streaming and self.replay else None
         if drawn is not None:
             old = self._decode(drawn["x"])
@@ -320,17 +351,20 @@ class Remind(Strategy):
             "counts": self._counts,
             "errors": list(self._errors),
             "shape": list(self._shape),
+            "beside": self._beside,
             "frozen": self._frozen,
         }
 
     def load_state_dict(self, state: State) -> None:
-        quantizer, memory, counts, errors, shape, frozen = (
-            state[k] for k in ("quantizer", "memory", "counts", "errors", "shape", "frozen")
+        quantizer, memory, counts, errors, shape, beside, frozen = (
+            state[k] for k in ("quantizer", "memory", "counts", "errors", "shape", "beside", "frozen")
         )
         assert isinstance(memory, dict)
         assert isinstance(counts, Tensor)
         assert isinstance(errors, list)
         assert isinstance(shape, list)
+        assert isinstance(beside, int)
+        self._beside = beside
         self._errors, self._shape, self._frozen = [float(e) for e in errors], [int(s) for s in shape], bool(frozen)
         self._quantizer = None
         if isinstance(quantizer, dict):

@@ -22,6 +22,7 @@ LAYERS = [
         "cl_lab.registry",
         "cl_lab.models",
         "cl_lab.pretrained",
+        "cl_lab.visual_questions",
         "cl_lab.latents",
         "cl_lab.launch",
         "cl_lab.chain",

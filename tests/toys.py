@@ -24,6 +24,7 @@ from cl_lab.trainer import Observer, Trainer
 
 CLASSES = 2  # of each experience
 FEATURES = 16
+WORDS = 4  # of a question
 
 
 @dataclass
@@ -34,13 +35,18 @@ class Toy(Scenario):
     incremental: Literal["class", "task", "domain"] = knob("class", "what a label means")
     boundaries: bool = knob(True, "tell strategies where an experience ends")
     online: bool = knob(False, "each sample is seen once")
-    form: Literal["float", "bytes", "images"] = knob("float", "float32 [16], uint8 [16] or uint8 [3, 16, 16]")
+    form: Literal["float", "bytes", "images", "questions"] = knob(
+        "float", "float32 [16], uint8 [16], uint8 [3, 16, 16], or such a picture and a question, flat"
+    )
     train: int = knob(60, "training samples per experience", ge=1)
     test: int = knob(40, "test samples per experience", ge=1)
 
     def stream(self, seed: int) -> Stream:
         """The stream for one seed."""
-        shape = (3, 16, 16) if self.form == "images" else (FEATURES,)
+        shape: tuple[int, ...] = (3, 16, 16) if self.form == "images" else (FEATURES,)
+        layout: dict[str, tuple[int, ...]] = {}
+        if self.form == "questions":
+            shape, layout = (3 * 16 * 16 + WORDS,), {"image": (3, 16, 16), "question": (WORDS,)}
         experiences = []
         for i in range(self.experiences):
             first = 0 if self.incremental == "domain" else CLASSES * i
@@ -54,8 +60,10 @@ class Toy(Scenario):
                 x = centres[own] + 0.3 * torch.randn(n, FEATURES, generator=rng)
                 if self.form != "float":
                     x = (128 + 40 * x).clamp(0, 255).to(torch.uint8)
-                if self.form == "images":
+                if self.form in ("images", "questions"):
                     x = x.view(n, 1, 4, 4).repeat(1, 3, 4, 4)
+                if self.form == "questions":
+                    x = torch.cat([x.flatten(1), own[:, None].repeat(1, WORDS).to(torch.uint8)], 1)
                 return TensorData(x, first + own, torch.full((n,), task))
 
             experiences.append(
@@ -75,6 +83,7 @@ class Toy(Scenario):
             task_labels=self.incremental == "task",
             boundaries=self.boundaries,
             online=self.online,
+            layout=layout,
         )
 
 

@@ -25,9 +25,11 @@ def build(name: str, on: Stream, seed: int = 0, **more: Any) -> nn.Module:
     return made
 
 
-def suitable(**more: Any) -> Stream:
-    """Images serve every model: those that take vectors flatten them."""
-    return toys.stream(form="images", **more)
+def suitable(name: str, **more: Any) -> Stream:
+    """Images serve every model of one tensor: those that take vectors flatten them."""
+    parts = registry.load("models", name)[0].parts
+    form = {(): "images", ("image", "question"): "questions"}[parts]
+    return toys.stream(form=form, **more)
 
 
 def logits(model: nn.Module, on: Stream, n: int = 4) -> torch.Tensor:
@@ -55,7 +57,7 @@ def test_says_what_it_is(name: str) -> None:
 @every
 @pytest.mark.parametrize("incremental", ["class", "task", "domain"])
 def test_logits_for_every_output(name: str, incremental: str) -> None:
-    on = suitable(incremental=incremental)
+    on = suitable(name, incremental=incremental)
     out = logits(build(name, on), on)
     assert out.shape == (4, on.n_classes)
     assert out.dtype == torch.float32
@@ -65,7 +67,7 @@ def test_logits_for_every_output(name: str, incremental: str) -> None:
 
 @every
 def test_equal_seeds_give_equal_weights(name: str) -> None:
-    on = suitable()
+    on = suitable(name)
     one, two, other = (build(name, on, seed).state_dict() for seed in (1, 1, 2))
     assert not toys.differing(one, two)
     assert toys.differing(one, other) or not any(v.any() for v in one.values()), "drawn, or all zero"
@@ -73,7 +75,7 @@ def test_equal_seeds_give_equal_weights(name: str) -> None:
 
 @every
 def test_everything_trains(name: str) -> None:
-    on = suitable()
+    on = suitable(name)
     model = build(name, on)
     data = on.experiences[0].train
     nn.functional.cross_entropy(logits(model, on, 8), data.y[:8]).backward()
@@ -83,7 +85,7 @@ def test_everything_trains(name: str) -> None:
 
 @every
 def test_samples_do_not_influence_each_other_in_evaluation(name: str) -> None:
-    on = suitable()
+    on = suitable(name)
     model = build(name, on).eval()
     data = on.experiences[0].train
     x = data.x[:6].float() / 255
@@ -93,7 +95,7 @@ def test_samples_do_not_influence_each_other_in_evaluation(name: str) -> None:
 
 @every
 def test_trains_in_the_loop(name: str) -> None:
-    on = suitable(experiences=1, train=40)
+    on = suitable(name, experiences=1, train=40)
     model = {"name": name, **registry.load("models", name)[0].conformance_knobs()}
     trainer = toys.trainer([{"name": "naive"}], on, model=model, training={"iterations": 3, "lr": 0.01})
     record = trainer.run()
