@@ -21,8 +21,9 @@ zero): equal seeds give equal models. No module works in place, so hooks see inp
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -123,6 +124,9 @@ class Backbone(nn.Module):
     """A sequence of :meth:`stages` from input to features of size :attr:`width`."""
 
     width: int
+
+    latent_rows: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    """Stages with flat latents ``[B, R·D + L]``: R vectors of size D, then L whole numbers below 256 that go with them."""
 
     def stages(self) -> list[Stage]:
         """The steps in order; their composition is :meth:`forward`."""

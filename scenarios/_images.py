@@ -184,7 +184,7 @@ class _Images(Scenario):
         Samples are uint8 ``[C, H, W]``. Raises :class:`~cl_lab.errors.ConfigError` for knobs that do not fit the set
         and :class:`~cl_lab.errors.DataError` for absent or damaged data.
         """
-        images = self.images()
+        images = whole = self.images()
         order_seed = seed if self.order_seed is None else self.order_seed
         held = None if self.holdout is None else self._held(images, self.holdout)
         if held is not None:
@@ -226,8 +226,8 @@ class _Images(Scenario):
             task_labels=told,
             boundaries=not self.online if self.boundaries is None else self.boundaries,
             online=self.online,
-            mean=images.mean if self.normalise else None,
-            std=images.std if self.normalise else None,
+            mean=whole.mean if self.normalise else None,  # counted once for a set, with or without a hold-out
+            std=whole.std if self.normalise else None,
         )
 
     def _plan(self, images: ImageSet, order_seed: int) -> list[_Plan]:

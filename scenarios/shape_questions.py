@@ -177,19 +177,21 @@ def _count(scenes: Scenes, rng: torch.Generator) -> _Asked:
 
 
 def _colour(scenes: Scenes, rng: torch.Generator) -> _Asked:
-    shape = _at(scenes.shape, _pick(scenes.shape >= 0, rng))
-    same = scenes.shape == shape[:, None]
-    colour = (scenes.colour * same).sum(1).clamp(max=len(COLOURS) - 1)
-    words = _fill(_SENTENCES[3], _numbers(SHAPES)[shape])
-    return _Asked(words, ANSWERS.index(COLOURS[0]) + colour, same.sum(1) == 1)
+    return _only_one(_SENTENCES[3], scenes.shape, _numbers(SHAPES), scenes.colour, COLOURS, rng)
 
 
 def _shape(scenes: Scenes, rng: torch.Generator) -> _Asked:
-    colour = _at(scenes.colour, _pick(scenes.shape >= 0, rng))
-    same = scenes.colour == colour[:, None]
-    shape = (scenes.shape * same).sum(1).clamp(max=len(SHAPES) - 1)
-    words = _fill(_SENTENCES[4], _numbers(COLOURS)[colour])
-    return _Asked(words, ANSWERS.index(SHAPES[0]) + shape, same.sum(1) == 1)
+    return _only_one(_SENTENCES[4], scenes.colour, _numbers(COLOURS), scenes.shape, SHAPES, rng)
+
+
+def _only_one(
+    sentence: str, told: Tensor, words: Tensor, wanted: Tensor, names: tuple[str, ...], rng: torch.Generator
+) -> _Asked:
+    """What the one object with a told attribute has for the other one; only where there is one."""
+    value = _at(told, _pick(told >= 0, rng))
+    same = told == value[:, None]
+    found = (wanted * same).sum(1).clamp(max=len(names) - 1)  # the clamp is for scenes where the question is not valid
+    return _Asked(_fill(sentence, words[value]), ANSWERS.index(names[0]) + found, same.sum(1) == 1)
 
 
 def _position(scenes: Scenes, rng: torch.Generator) -> _Asked:

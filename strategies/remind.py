@@ -80,9 +80,7 @@ class Remind(Strategy):
     _counts: Tensor = field(init=False, repr=False)  # samples met, by class
     _errors: list[float] = field(default_factory=list, init=False, repr=False)  # held-out base first, then fresh data
     _shape: list[int] = field(default_factory=list, init=False, repr=False)  # of one sample's latent, channels last
-    _rows: tuple[int, int] | None = field(
-        default=None, init=False, repr=False
-    )  # vectors of a flat latent, and their size
+    _rows: tuple[int, int] | None = field(default=None, init=False, repr=False)  # vectors of a flat latent, their size
     _lower: list[str] = field(default_factory=list, init=False, repr=False)  # modules of G
     _beside: int = field(default=0, init=False, repr=False)  # numbers that go with the vectors
     _frozen: bool = field(default=False, init=False, repr=False)
@@ -112,8 +110,9 @@ class Remind(Strategy):
         if split is None:
             raise ConfigError(f"remind cuts a backbone in two, but {type(model).__name__} cannot be cut")
         self._counts = torch.zeros(stream.n_classes, dtype=torch.int64)
-        self._lower = split(self._stage(model))
-        self._rows = getattr(getattr(model, "backbone", None), "latent_rows", None)
+        stage = self._stage(model)
+        self._lower = split(stage)
+        self._rows = getattr(model.backbone, "latent_rows", {}).get(stage)
         return model
 
     def _stage(self, model: Any) -> str:
@@ -121,7 +120,8 @@ class Remind(Strategy):
             return self.split
         if model.frozen is not None:
             return str(model.frozen)
-        weighty = [name for name, step in model.backbone.stages() if isinstance(step, nn.Module)]
+        stages = model.backbone.stages()
+        weighty = [name for name, step in stages if isinstance(step, nn.Module)] or [name for name, _ in stages]
         return str(weighty[-2] if len(weighty) > 1 else weighty[-1])
 
     # -- the base session ----------------------------------------------------------------------------------------------
@@ -224,21 +224,21 @@ class Remind(Strategy):
         A model whose latents hold more than vectors (a question beside the regions of a picture) makes them flat, vectors
         first, and says with ``backbone.latent_rows`` how many vectors of which size these are.
         """
+        return self._parted(channels_last(h), self._rows[1] if self._rows else 0)
+
+    def _parted(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+        """Flat rows ``[B, R·width + L]`` as ``[B, R, width]`` and the rest; rows of any other shape as they are."""
         if self._rows is None:
-            return channels_last(h), None
-        size = math.prod(self._rows)
-        return h[:, :size].unflatten(1, self._rows), h[:, size:]
+            return rows, None
+        size = self._rows[0] * width
+        return rows[:, :size].unflatten(1, (self._rows[0], width)), rows[:, size:]
 
     def _decode(self, codes: Tensor) -> Tensor:
         """Latents ``[B, C, …]`` of codes ``[B, …, M]``; flat ones of flat rows."""
-        if self._quantizer is None:
-            return codes if self._rows is not None else channels_first(codes)
-        if self._rows is not None:
-            assert self.codebooks is not None
-            size = self._rows[0] * self.codebooks
-            vectors = self._quantizer.decode(codes[:, :size].reshape(-1, self.codebooks)).view(len(codes), -1)
-            return torch.cat([vectors, codes[:, size:].to(vectors)], 1)
-        return channels_first(self._quantizer.decode(codes.flatten(0, -2)).unflatten(0, codes.shape[:-1]))
+        h, beside = self._parted(codes, self.codebooks or self._shape[-1])
+        if self._quantizer is not None:
+            h = self._quantizer.decode(h.flatten(0, -2)).unflatten(0, h.shape[:-1])
+        return channels_first(h) if beside is None else torch.cat([h.flatten(1), beside.to(h)], 1)
 
     def _error(self, data: TensorData, learner: Learner) -> float:
         assert self._quantizer is not None

@@ -22,14 +22,18 @@ def small(**knobs: Any) -> Stream:
     return ShapeQuestions(experiences=3, train_questions=60, test_questions=30, **knobs).stream(0)
 
 
-def build(stream: Stream) -> Any:
+@pytest.fixture
+def stream() -> Stream:
+    return small()
+
+
+@pytest.fixture
+def model(stream: Stream) -> Any:
     torch.manual_seed(0)
     return registry.create("models", MODEL, "model").build(stream).eval()
 
 
-def test_cut_behind_the_regions_it_is_the_same_function() -> None:
-    stream = small()
-    model = build(stream)
+def test_cut_behind_the_regions_it_is_the_same_function(stream: Stream, model: Any) -> None:
     data = stream.experiences[0].test
     x = data.x.float() / 255
     whole = model(x, data.t)
@@ -42,9 +46,7 @@ def test_cut_behind_the_regions_it_is_the_same_function() -> None:
     assert all(name.startswith("backbone.regions") for name in lower)
 
 
-def test_question_and_picture_both_matter() -> None:
-    stream = small()
-    model = build(stream)
+def test_question_and_picture_both_matter(stream: Stream, model: Any) -> None:
     data = stream.experiences[0].test
     x = data.x.float() / 255
     before = model(x, data.t)
@@ -63,8 +65,7 @@ def test_other_streams_are_refused() -> None:
 
 
 @pytest.mark.parametrize("codebooks", [4, None])
-def test_remind_compresses_regions_and_keeps_the_question(codebooks: int | None) -> None:
-    stream = small()
+def test_remind_compresses_regions_and_keeps_the_question(stream: Stream, codebooks: int | None) -> None:
     knobs = {"name": "remind", "split": "regions", "codebooks": codebooks, "codebook_size": 32, "replay": 10}
     trainer: Trainer = toys.trainer([knobs], stream, model=MODEL)
     trainer.run()
@@ -86,3 +87,13 @@ def test_remind_compresses_regions_and_keeps_the_question(codebooks: int | None)
     mixed = link.mix(batch, trainer.learner)
     assert len(mixed) == 14, "no mix-up: two questions have no mean"
     assert not mixed.extra
+
+
+@pytest.mark.parametrize(("split", "row"), [("auto", 16 * 4 + 8), ("answer", 4)])
+def test_only_the_cut_behind_the_regions_has_a_question_beside_it(stream: Stream, split: str, row: int) -> None:
+    knobs = {"name": "remind", "split": split, "codebooks": 4, "codebook_size": 32, "replay": 10}
+    trainer = toys.trainer([knobs], stream, model=MODEL)
+    trainer.run()
+    (link,) = trainer.strategy.links
+    codes = link.encode(stream.experiences[1].test, trainer.learner)
+    assert codes.x.shape == (30, row)

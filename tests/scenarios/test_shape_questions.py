@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -103,9 +105,9 @@ def test_by_question_type() -> None:
 
 
 def test_iid_holds_every_question_once() -> None:
-    knobs = {"train_questions": 50, "test_questions": 20}
-    mixed = ShapeQuestions(order="iid", experiences=4, base_share=0.2, **knobs).stream(5)  # type: ignore[arg-type]
-    typed = ShapeQuestions(**knobs).stream(5)  # type: ignore[arg-type]
+    knobs: dict[str, Any] = {"train_questions": 50, "test_questions": 20}
+    mixed = ShapeQuestions(order="iid", experiences=4, base_share=0.2, **knobs).stream(5)
+    typed = ShapeQuestions(**knobs).stream(5)
     assert [len(e.train) for e in mixed.experiences] == [60, 80, 80, 80]
 
     def rows(stream: questions.Stream) -> list[bytes]:
@@ -124,6 +126,6 @@ def test_iid_holds_every_question_once() -> None:
         ({"order": "iid", "shuffle_types": True}, "mixes the types"),
     ],
 )
-def test_what_cannot_be_is_one_line(knobs: dict[str, object], says: str) -> None:
+def test_what_cannot_be_is_one_line(knobs: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        ShapeQuestions(**knobs)  # type: ignore[arg-type]
+        ShapeQuestions(**knobs)
