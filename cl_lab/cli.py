@@ -216,11 +216,18 @@ def push(
 
 @app.command()
 def fetch(
-    scenario: Annotated[str, typer.Argument(help="Scenario whose data to download.")],
+    scenario: Annotated[str, typer.Argument(help="Scenario whose data to download, or the word model.")],
+    name: Annotated[str | None, typer.Argument(help="After model: which one, for example smollm2-135m.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where to; default the user's cache folder.")] = None,
 ) -> None:
-    """Download a scenario's data set (through torchvision) to where runs look for it."""
+    """Download a scenario's data set (through torchvision) or a language model to where runs look for it."""
     from cl_lab import registry
+
+    if scenario == "model":
+        _fetch_model(name, data_dir)
+        return
+    if name is not None:
+        raise ConfigError(f"fetch: unexpected '{name}' after scenario '{scenario}'; fetch one at a time")
 
     cls, _ = registry.load("scenarios", scenario)
     fetcher = getattr(cls, "fetch", None)
@@ -307,6 +314,18 @@ def _settings(path: Path, overrides: list[str] | None, out: Path | None, data_di
     _use_data_dir(data_dir)
     settings = read(path, overrides or [])
     return settings, out or Path(settings.out or f"runs/{path.stem}")
+
+
+def _fetch_model(name: str | None, data_dir: Path | None) -> None:
+    from contextlib import redirect_stdout
+
+    from cl_lab import hub
+
+    if name is None:
+        raise ConfigError(f"fetch model: which one? known: {', '.join(hub.MODELS)}")
+    with redirect_stdout(sys.stderr):  # DeepSpeed, which Transformers imports, says there what it has found
+        folder = hub.fetch_model(name, None if data_dir is None else data_dir / name)
+    typer.echo(f"{name}: {folder}")
 
 
 def _use_data_dir(data_dir: Path | None) -> None:

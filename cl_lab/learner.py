@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl_lab.answers import BROKEN, find_answers
 from cl_lab.config import EngineConfig, TrainingConfig
 from cl_lab.errors import ConfigError, DataError, TrainingError
 from cl_lab.models import Classifier, GrowingHead
-from cl_lab.records import Batch, State, Stream, TensorData
+from cl_lab.records import PAD, Batch, State, Stream, TensorData
 from cl_lab.seeding import generator
 
 if TYPE_CHECKING:
@@ -121,8 +122,8 @@ def matching_modules(model: nn.Module, pattern: str) -> list[str]:
 class EngineLearner:
     """The :class:`~cl_lab.protocols.Learner` that the trainer drives; strategies only see the protocol.
 
-    ``model`` is a plain module called as ``model(x, t)``. Raises :class:`ConfigError` where the machine lacks what
-    ``engine`` asks for.
+    ``model`` is a plain module called as ``model(x, t)``; parameters that want no gradient are never trained. Raises
+    :class:`ConfigError` where the machine lacks what ``engine`` asks for.
     """
 
     def __init__(
@@ -143,11 +144,18 @@ class EngineLearner:
         self._wrapped: Any = None
         self._optimizer: Any = None
         self._named: dict[str, nn.Parameter] = {}
-        self._frozen: set[str] = set()
+        self._frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        # What was never to be trained is as the model's recipe makes it, so checkpoints leave it out.
+        self._given = {
+            name
+            for name, v in model.state_dict(keep_vars=True).items()
+            if isinstance(v, nn.Parameter) and not v.requires_grad
+        }
         self._frozen_modules: list[nn.Module] = []
         self._patterns: list[str] = []
         self._mirror: nn.Module | None = None  # a replica for gradients_of where the engine's module cannot serve
         self._scale_shift = _normalisation(stream, self.device)
+        self._answers_table = None if stream.answers is None else stream.answers.to(self.device)
         self._plain.to(self.device)
         self._grows = isinstance(model, Classifier) and isinstance(model.head, GrowingHead)
         self.keep_features = False
@@ -226,7 +234,9 @@ class EngineLearner:
         if not self._bf16:
             outputs = model(x, batch.t, **how)
         elif self._engine.deepspeed and self._wrapped is not None:
-            outputs = model(x.to(torch.bfloat16), batch.t, **how)  # DeepSpeed holds the weights themselves in bf16
+            if x.is_floating_point():
+                x = x.to(torch.bfloat16)  # DeepSpeed holds the weights themselves in bf16
+            outputs = model(x, batch.t, **how)
         else:
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 outputs = model(x, batch.t, **how)
@@ -235,6 +245,8 @@ class EngineLearner:
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         if self._regression:
             return self.average((outputs.float().squeeze(1) - batch.y).square(), batch)
+        if self._answers_table is not None:
+            return self.average(_answer_loss(outputs.float(), self._answers_table[batch.y]), batch)
         if batch.weight is None:
             return F.cross_entropy(outputs.float(), batch.y)
         return self.average(F.cross_entropy(outputs.float(), batch.y, reduction="none"), batch)
@@ -469,6 +481,8 @@ class EngineLearner:
             )
         if self._regression:
             return 0.0 - self.squared_error(data, batch_size, predict)  # never "-0.0"
+        if self._answers_table is not None:
+            return self.answered(data, batch_size, predict)
         return self.accuracy(data, batch_size, predict)
 
     @torch.no_grad()
@@ -484,6 +498,23 @@ class EngineLearner:
             if counted:
                 counts[0] += (label == batch.y).sum()
                 counts[1] += (~highest.isfinite()).sum()
+        correct, broken = self.reduce(counts).tolist()
+        self._check_finite(int(broken), len(data))
+        return int(correct) / len(data)
+
+    @torch.no_grad()
+    def answered(self, data: TensorData, batch_size: int, predict: Callable[[Batch], Tensor] | None = None) -> float:
+        """Share of ``data`` that is answered right in words, as :func:`~cl_lab.answers.find_answers` finds the answers.
+
+        As :meth:`accuracy` otherwise; ``predict`` gives logits ``[B, A', vocabulary]``.
+        """
+        say = self._forward if predict is None else predict
+        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        answers = self._answers(data, batch_size, lambda batch: find_answers(batch, say, self._stream))
+        for batch, found, counted in answers:
+            if counted:
+                counts[0] += (found == batch.y).sum()
+                counts[1] += (found == BROKEN).sum()
         correct, broken = self.reduce(counts).tolist()
         self._check_finite(int(broken), len(data))
         return int(correct) / len(data)
@@ -542,7 +573,7 @@ class EngineLearner:
     def state_dict(self) -> State:
         """Weights, optimiser state, frozen set and strategy generator: full tensors by name, for any engine."""
         state: State = {
-            "weights": dict(self._full_weights()),
+            "weights": {n: v for n, v in self._full_weights().items() if n not in self._given},
             "optimizer": self._optimizer_state() if self._wrapped is not None else None,
             "frozen": list(self._patterns),
             "rng": self._rng.get_state(),
@@ -556,7 +587,8 @@ class EngineLearner:
         assert isinstance(frozen, list)
         assert isinstance(rng, Tensor)
         self._close()
-        self.set_weights(weights)
+        given = {n: v for n, v in self._template.state_dict().items() if n in self._given}
+        self.set_weights(given | weights)
         self._rng.set_state(rng)
         if frozen:
             self.freeze([str(p) for p in frozen])
@@ -720,6 +752,13 @@ def _still_statistics(model: nn.Module) -> Iterator[None]:
             m.momentum = momentum
             if tracked is not None and m.num_batches_tracked is not None:
                 m.num_batches_tracked.copy_(tracked)
+
+
+def _answer_loss(outputs: Tensor, answers: Tensor) -> Tensor:
+    """Cross-entropy ``[B]`` of ``outputs`` ``[B, A', vocabulary]``: the mean over the tokens of ``answers`` ``[B, A]``."""
+    answers = answers[:, : outputs.shape[1]]
+    each = F.cross_entropy(outputs.transpose(1, 2), answers, ignore_index=PAD, reduction="none")
+    return each.sum(1) / (answers != PAD).sum(1)
 
 
 def _normalisation(stream: Stream, device: torch.device) -> tuple[Tensor, Tensor] | None:

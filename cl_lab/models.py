@@ -134,7 +134,11 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features ``[B, width]`` of ``x`` ``[B, *input_shape]``."""
-        for _, step in self.stages():
+        return self.run(x, 0, None)
+
+    def run(self, x: Tensor, first: int, last: int | None) -> Tensor:
+        """The steps ``first`` … ``last − 1`` of :meth:`stages`, or all from ``first`` on."""
+        for _, step in self.stages()[first:last]:
             x = step(x)
         return x
 
@@ -204,9 +208,7 @@ class Classifier(nn.Module):
         if not first and last is None:
             h: Tensor = self.backbone(x)
             return h
-        for _, step in self.backbone.stages()[first:last]:
-            x = step(x)
-        return x
+        return self.backbone.run(x, first or 0, last)
 
     def observe(self, classes: Iterable[int]) -> None:
         """These classes are about to be learnt; call it before their training. Matters to a growing head only."""

@@ -16,9 +16,14 @@ from torch import Tensor
 
 from cl_lab.errors import DataError
 
-Objective = Literal["classification", "regression"]
-"""What a stream asks for: the right one of several outputs, or one real number."""
-OBJECTIVES: frozenset[Objective] = frozenset({"classification", "regression"})
+Objective = Literal["classification", "regression", "language"]
+"""What a stream asks for: the right one of several outputs, one real number, or a text that answers a text."""
+OBJECTIVES: frozenset[Objective] = frozenset({"classification", "regression", "language"})
+
+Scoring = Literal["generation", "constrained", "first-token"]
+"""How an answer in words is found: written freely, the likeliest of the task's answers, or that by its first token."""
+PAD = -1
+"""What stands in a row of tokens where there is none: no vocabulary has it, so no tokenizer needs a pad token."""
 
 State = dict[str, "Tensor | State | int | float | str | bool | list[Any] | None"]
 """What a plug-in may save: nested dictionaries of tensors and JSON values. Tensors go to safetensors, the rest to JSON."""
@@ -28,10 +33,10 @@ State = dict[str, "Tensor | State | int | float | str | bool | list[Any] | None"
 class TensorData:
     """A materialised set of labelled samples, contiguous in memory (or memory-mapped), indexed batch by batch.
 
-    ``x`` is ``[N, ...]`` uint8 (raw pixels, scaled when a batch is prepared) or float32; ``y`` is ``[N]`` int64, a global
-    output index, or float32, the target of a regression; ``t`` is ``[N]`` int64, the task label (used only where the
-    stream tells task labels). ``raw`` says that ``x`` is still to be scaled and normalised; a strategy that keeps latent
-    codes gives them as not raw.
+    ``x`` is ``[N, ...]`` uint8 (raw pixels, scaled when a batch is prepared), int32 (tokens) or float32; ``y`` is ``[N]``
+    int64, a global output index, or float32, the target of a regression; ``t`` is ``[N]`` int64, the task label (used only
+    where the stream tells task labels). ``raw`` says that ``x`` is still to be scaled and normalised; a strategy that keeps
+    latent codes gives them as not raw.
     """
 
     x: Tensor
@@ -209,6 +214,12 @@ class Stream:
 
     A stream whose ``objective`` is regression has float32 targets, one output (``n_classes = 1``, the one class 0 in every
     experience) and no task labels; it is learnt by squared error.
+
+    In a stream whose ``objective`` is language a sample is a row of int32 tokens: ``layout`` has a ``prompt``, which ends at
+    its right edge, and behind it an ``answer``, which begins at its left edge; :data:`PAD` fills the rest. ``answers``
+    ``[n_classes, longest]`` int64 holds every answer of the stream, each ended by the end-of-text token, then :data:`PAD`; a
+    label is a row of it, and an experience's classes are the answers of its task. Only the answer is learnt; ``scoring``
+    says how the model's own is found on test sets. ``t`` is the index of the experience a sample comes from.
     """
 
     name: str
@@ -222,10 +233,13 @@ class Stream:
     std: tuple[float, ...] | None = None
     objective: Objective = "classification"
     layout: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    answers: Tensor | None = None
+    scoring: Scoring = "generation"
 
     def __post_init__(self) -> None:
         parts = sum(math.prod(shape) for shape in self.layout.values())
-        if self.layout and self.input_shape != (parts,):
+        # The latents of a text are no tokens any more, but its prompt and answer stay where they are.
+        if self.layout and self.input_shape != (parts,) and self.objective != "language":
             raise DataError(
                 f"stream '{self.name}' lays a sample out as {dict(self.layout)}, {parts} values, but one is "
                 f"{list(self.input_shape)}"
@@ -235,6 +249,27 @@ class Stream:
                 f"stream '{self.name}' is a regression with n_classes={self.n_classes}, task_labels={self.task_labels}; "
                 "a regression has one output and no task labels"
             )
+        if self.objective == "language":
+            self._check_language()
+
+    def _check_language(self) -> None:
+        if self.answers is None or list(self.layout) != ["prompt", "answer"]:
+            raise DataError(
+                f"stream '{self.name}' has language as its objective, but layout {list(self.layout)} and "
+                f"{'no ' if self.answers is None else ''}answers; it needs prompt and answer, and the table of answers"
+            )
+        if self.answers.shape != (self.n_classes, *self.layout["answer"]):
+            raise DataError(
+                f"stream '{self.name}' has {self.n_classes} answers of up to {self.layout['answer'][0]} tokens, but its "
+                f"table is {list(self.answers.shape)}"
+            )
+        if self.scoring == "first-token":
+            for e in self.experiences:
+                first = self.answers[list(e.classes), 0]
+                if len(first.unique()) < len(first):
+                    raise DataError(
+                        f"scoring 'first-token': answers of '{e.name}' begin with the same token; take 'constrained'"
+                    )
 
     def __len__(self) -> int:
         return len(self.experiences)
@@ -242,16 +277,18 @@ class Stream:
     @property
     def score(self) -> str:
         """What the score matrix holds: the ``accuracy``, or the ``negative squared error``, so that higher is better."""
-        return "accuracy" if self.objective == "classification" else "negative squared error"
+        return "negative squared error" if self.objective == "regression" else "accuracy"
 
     @property
     def chance(self) -> float | None:
         """The accuracy of guessing: one in all outputs, or one in a task's own where the task is told.
 
-        ``None`` for a regression, where guessing has no score of its own.
+        ``None`` for a regression and for answers that are written freely, where guessing has no score of its own.
         """
-        if self.objective == "regression":
+        if self.objective == "regression" or (self.objective == "language" and self.scoring == "generation"):
             return None
+        if self.objective == "language":  # the task's answers are known: the likeliest of these is taken
+            return sum(1 / len(e.classes) for e in self.experiences) / len(self.experiences)
         if not self.task_labels:
             return 1 / self.n_classes
         return sum(1 / len(e.classes) for e in self.experiences) / len(self.experiences)

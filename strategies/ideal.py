@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cl_lab.errors import ConfigError
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner, Strategy
-from cl_lab.records import OBJECTIVES, Experience, Objective, State, TensorData
+from cl_lab.records import Experience, Objective, State, TensorData
 
 _BATCH = 256
 _CHUNK = 2**24  # numbers of unfolded patches held at once
@@ -45,7 +45,7 @@ class Ideal(Strategy):
     """
 
     needs_boundaries: ClassVar[bool] = True
-    objectives: ClassVar[frozenset[Objective]] = OBJECTIVES
+    objectives: ClassVar[frozenset[Objective]] = frozenset({"classification", "regression"})
 
     energy: float = knob(1.0, doc="share of the squared norm of past inputs to protect; 1: all of it", gt=0, le=1)
     tolerance: float = knob(

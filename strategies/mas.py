@@ -9,7 +9,7 @@ import torch
 
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner
-from cl_lab.records import OBJECTIVES, Experience, Objective
+from cl_lab.records import Experience, Objective
 
 from . import _fisher
 from ._quadratic import QuadraticPull
@@ -30,7 +30,7 @@ class MAS(QuadraticPull):
     """
 
     needs_boundaries: ClassVar[bool] = True
-    objectives: ClassVar[frozenset[Objective]] = OBJECTIVES
+    objectives: ClassVar[frozenset[Objective]] = frozenset({"classification", "regression"})
 
     strength: float = knob(1.0, doc="λ, the weight of the penalty λ·Ω(θ−θ*)²", ge=0)
     samples: int | None = knob(None, doc="samples drawn for the importance; null takes the whole experience", ge=1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cl_lab.errors import ConfigError
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner, Strategy
-from cl_lab.records import Batch, Experience, State, Stream, TensorData
+from cl_lab.records import Batch, Experience, Objective, State, Stream, TensorData
 
 from ._code_memory import CodeMemory
 from ._latents import beta, channels_first, channels_last, random_resized_crop
@@ -26,6 +26,7 @@ log = logging.getLogger("cl_lab")
 
 _ENCODE_ROWS = 256  # samples through the frozen layers at a time
 _FIT_VECTORS = 2**18  # codebooks are learnt from at most so many
+_HARMLESS = 0.01  # a share of the latents' power that codes may lose unnoticed
 
 
 @dataclass
@@ -46,9 +47,14 @@ class Remind(Strategy):
     As in the code, not the paper's text: a full memory lets a newcomer in and drops a random sample of the fullest class.
 
     ``codebooks: null`` keeps latents as they are (float32): the uncompressed upper bound.
+
+    Of a language model the hidden state of every token is coded, prompt and answer, and the mask is kept beside it. F learns
+    the answers of new and remembered texts; as a token's state depends on those before it alone, a test prompt's codes know
+    nothing of its answer.
     """
 
     needs_boundaries: ClassVar[bool] = True
+    objectives: ClassVar[frozenset[Objective]] = frozenset({"classification", "language"})
 
     split: str = knob(
         "auto",
@@ -84,6 +90,9 @@ class Remind(Strategy):
     _lower: list[str] = field(default_factory=list, init=False, repr=False)  # modules of G
     _beside: int = field(default=0, init=False, repr=False)  # numbers that go with the vectors
     _frozen: bool = field(default=False, init=False, repr=False)
+    _live: bool = field(
+        default=False, init=False, repr=False
+    )  # what is asked of test samples depends on the answers so far
     _encoder: nn.Module | None = field(default=None, init=False, repr=False)  # not state: a copy of the model
 
     def __post_init__(self) -> None:
@@ -113,6 +122,7 @@ class Remind(Strategy):
         stage = self._stage(model)
         self._lower = split(stage)
         self._rows = getattr(model.backbone, "latent_rows", {}).get(stage)
+        self._live = stream.objective == "language" and stream.scoring != "first-token"
         return model
 
     def _stage(self, model: Any) -> str:
@@ -181,7 +191,7 @@ class Remind(Strategy):
     # -- codes ---------------------------------------------------------------------------------------------------------
 
     def encoding(self) -> Hashable:
-        return "codes" if self._frozen else None
+        return "codes" if self._frozen and not self._live else None
 
     def encode(self, data: TensorData, learner: Learner) -> TensorData:
         """The codes of ``data``, ``[N, …, M]``; each rank runs its own rows through G.
@@ -193,12 +203,7 @@ class Remind(Strategy):
         mine = learner.shard_rows(torch.arange(len(data)))
         codes: Tensor | None = None
         for rows in mine.split(_ENCODE_ROWS):
-            h, beside = self._vectors(self._latents(data.take(rows), learner))
-            found = (
-                h if self._quantizer is None else self._quantizer.encode(h.flatten(0, -2)).unflatten(0, h.shape[:-1])
-            )
-            if beside is not None:
-                found = torch.cat([found.flatten(1), beside.to(found.dtype)], 1)
+            found = self._codes(data.take(rows), learner)
             if codes is None:
                 codes = torch.zeros(len(data), *found.shape[1:], dtype=found.dtype)
             codes[rows] = found.cpu()
@@ -208,6 +213,12 @@ class Remind(Strategy):
             shape = [math.prod(self._shape[:-1]) * width + self._beside] if self._rows else [*self._shape[:-1], width]
             codes = torch.zeros(len(data), *shape, dtype=kind)
         return TensorData(learner.reduce(codes.to(learner.device)).cpu(), data.y, data.t, raw=False)
+
+    def _codes(self, data: TensorData, learner: Learner) -> Tensor:
+        h, beside = self._vectors(self._latents(data, learner))
+        if self._quantizer is not None:
+            h = self._quantizer.encode(h.flatten(0, -2)).unflatten(0, h.shape[:-1])
+        return h if beside is None else torch.cat([h.flatten(1), beside.to(h.dtype)], 1)
 
     @torch.no_grad()
     def _latents(self, data: TensorData, learner: Learner) -> Tensor:
@@ -251,7 +262,7 @@ class Remind(Strategy):
             return
         error = self._error(experience.train, learner)
         self._errors.append(error)
-        if error > self.drift * self._errors[0]:
+        if error > max(self.drift * self._errors[0], _HARMLESS):
             log.warning(
                 "remind: codes lose %.3f of the latents' power in experience %d ('%s'), %.1f times the %.3f of held-out "
                 "base samples: the stream has drifted from the codebooks; learn them on a broader base, or raise codebooks",
@@ -263,11 +274,11 @@ class Remind(Strategy):
             )
 
     def predict(self, batch: Batch, learner: Learner) -> Tensor:
-        if batch.raw:
+        if batch.raw and not (self._live and self._frozen):
             return learner.forward(batch)
-        return learner.forward(
-            Batch(self._decode(batch.x), batch.y, batch.t, batch.current, epoch=batch.epoch, raw=False)
-        )
+        codes = self._codes(TensorData(batch.x, batch.y, batch.t), learner) if batch.raw else batch.x
+        h = self._decode(codes).to(learner.device)
+        return learner.forward(Batch(h, batch.y, batch.t, batch.current, epoch=batch.epoch, raw=False))
 
     # -- a step --------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ PACKAGES = ("cl_lab", "strategies", "scenarios")
 # Modules of the core from the ground up; a module imports only from its own layer or below.
 LAYERS = [
     {"cl_lab", "cl_lab.errors", "cl_lab.compat", "cl_lab.files"},
-    {"cl_lab.records", "cl_lab.knobs", "cl_lab.environment"},
+    {"cl_lab.hub", "cl_lab.records", "cl_lab.knobs", "cl_lab.environment"},
     {"cl_lab.protocols", "cl_lab.seeding", "cl_lab.display", "cl_lab.checkpoint", "cl_lab.metrics"},
     {
         "cl_lab.config",
@@ -23,6 +23,8 @@ LAYERS = [
         "cl_lab.models",
         "cl_lab.pretrained",
         "cl_lab.visual_questions",
+        "cl_lab.answers",
+        "cl_lab.causal_lm",
         "cl_lab.latents",
         "cl_lab.launch",
         "cl_lab.chain",
@@ -42,6 +44,7 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 LEAVES = {
     "cl_lab.compat",
     "cl_lab.errors",
+    "cl_lab.hub",
     "cl_lab.knobs",
     "cl_lab.protocols",
     "cl_lab.records",
@@ -57,11 +60,25 @@ HOMES = {
     "faiss": "strategies/",
     "matplotlib": ("cl_lab/reporting.py", "cl_lab/tracking.py"),
     "omegaconf": "cl_lab/config.py",
+    "peft": "cl_lab/causal_lm.py",
+    "transformers": "cl_lab/hub.py",
+    "tokenizers": "cl_lab/hub.py",
+    "huggingface_hub": "cl_lab/hub.py",
+    "gguf": "cl_lab/hub.py",
 }
 
 # Too slow to import before a command needs them.
 HEAVY = {"torch", "numpy", "scipy", "matplotlib", "mlflow", "avalanche", "accelerate", "deepspeed", "transformers"}
-LIGHT = {"cl_lab", "cl_lab.cli", "cl_lab.errors", "cl_lab.registry", "cl_lab.knobs", "cl_lab.display", "cl_lab.launch"}
+LIGHT = {
+    "cl_lab",
+    "cl_lab.cli",
+    "cl_lab.hub",
+    "cl_lab.errors",
+    "cl_lab.registry",
+    "cl_lab.knobs",
+    "cl_lab.display",
+    "cl_lab.launch",
+}
 
 
 def sources() -> list[Path]:

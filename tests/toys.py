@@ -19,12 +19,14 @@ from cl_lab.config import RunConfig, parse
 from cl_lab.knobs import knob
 from cl_lab.learner import EngineLearner
 from cl_lab.protocols import Scenario
-from cl_lab.records import Experience, Stream, TensorData
+from cl_lab.records import PAD, Experience, Scoring, Stream, TensorData
 from cl_lab.trainer import Observer, Trainer
 
 CLASSES = 2  # of each experience
 FEATURES = 16
 WORDS = 4  # of a question
+END = 1  # the end-of-text token of the toy texts
+PROMPT, ANSWER = 6, 3
 
 
 @dataclass
@@ -35,14 +37,17 @@ class Toy(Scenario):
     incremental: Literal["class", "task", "domain"] = knob("class", "what a label means")
     boundaries: bool = knob(True, "tell strategies where an experience ends")
     online: bool = knob(False, "each sample is seen once")
-    form: Literal["float", "bytes", "images", "questions"] = knob(
-        "float", "float32 [16], uint8 [16], uint8 [3, 16, 16], or such a picture and a question, flat"
+    form: Literal["float", "bytes", "images", "questions", "texts"] = knob(
+        "float", "float32 [16], uint8 [16], uint8 [3, 16, 16], such a picture and a question, flat, or int32 tokens"
     )
+    scoring: Scoring = knob("generation", "how answers in words are found")
     train: int = knob(60, "training samples per experience", ge=1)
     test: int = knob(40, "test samples per experience", ge=1)
 
     def stream(self, seed: int) -> Stream:
         """The stream for one seed."""
+        if self.form == "texts":
+            return self._texts(seed)
         shape: tuple[int, ...] = (3, 16, 16) if self.form == "images" else (FEATURES,)
         layout: dict[str, tuple[int, ...]] = {}
         if self.form == "questions":
@@ -84,6 +89,43 @@ class Toy(Scenario):
             boundaries=self.boundaries,
             online=self.online,
             layout=layout,
+        )
+
+    def _texts(self, seed: int) -> Stream:
+        """Prompts of three to six tokens that hold their class's own token; an answer is one token or two, and the end."""
+        n_classes = CLASSES * (1 if self.incremental == "domain" else self.experiences)
+        answers = torch.full((n_classes, ANSWER), PAD)
+        for c, row in enumerate(answers):
+            said = [10 + c] if c % 2 else [10 + c, 9]
+            row[: len(said) + 1] = torch.tensor([*said, END])
+        experiences = []
+        for i in range(self.experiences):
+            first = 0 if self.incremental == "domain" else CLASSES * i
+
+            def make(part: str, i: int = i, first: int = first) -> TensorData:
+                n = self.train if part == "train" else self.test
+                rng = seeding.generator(seed, part, i)
+                own = torch.arange(n) % CLASSES
+                x = torch.randint(2, 9, (n, PROMPT), generator=rng)
+                x[:, -2] = 30 + CLASSES * i + own
+                x[torch.arange(PROMPT) < torch.randint(0, 4, (n, 1), generator=rng)] = PAD
+                y = first + own
+                return TensorData(torch.cat([x, answers[y]], 1).to(torch.int32), y, torch.full((n,), i))
+
+            classes = range(first, first + CLASSES)
+            train, test = (lambda make=make: make("train")), (lambda make=make: make("test"))
+            experiences.append(Experience(i, f"toy {i}", classes, train, test))
+        return Stream(
+            "toy",
+            tuple(experiences),
+            (PROMPT + ANSWER,),
+            n_classes,
+            boundaries=self.boundaries,
+            online=self.online,
+            objective="language",
+            layout={"prompt": (PROMPT,), "answer": (ANSWER,)},
+            answers=answers,
+            scoring=self.scoring,
         )
 
 

@@ -28,14 +28,18 @@ def build(name: str, on: Stream, seed: int = 0, **more: Any) -> nn.Module:
 def suitable(name: str, **more: Any) -> Stream:
     """Images serve every model of one tensor: those that take vectors flatten them."""
     parts = registry.load("models", name)[0].parts
-    form = {(): "images", ("image", "question"): "questions"}[parts]
+    form = {(): "images", ("image", "question"): "questions", ("prompt", "answer"): "texts"}[parts]
     return toys.stream(form=form, **more)
 
 
 def logits(model: nn.Module, on: Stream, n: int = 4) -> torch.Tensor:
     data = on.experiences[0].train
-    out: torch.Tensor = model(data.x[:n].float() / 255, data.t[:n])
+    out: torch.Tensor = model(inputs(data.x[:n]), data.t[:n])
     return out
+
+
+def inputs(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.int32 else x.float() / 255
 
 
 def test_the_built_ins_are_registered() -> None:
@@ -59,7 +63,12 @@ def test_says_what_it_is(name: str) -> None:
 def test_logits_for_every_output(name: str, incremental: str) -> None:
     on = suitable(name, incremental=incremental)
     out = logits(build(name, on), on)
-    assert out.shape == (4, on.n_classes)
+    if on.answers is None:
+        assert out.shape == (4, on.n_classes)
+    else:  # for every place of the answer, over a vocabulary that holds all of them
+        assert out.shape[:2] == (4, *on.layout["answer"])
+        assert out.shape[2] > on.answers.max()
+        out = out.flatten(1)
     assert out.dtype == torch.float32
     assert not out.isnan().any()
     assert (out > float("-inf")).any(dim=1).all(), "something is possible for every sample"
@@ -78,8 +87,9 @@ def test_everything_trains(name: str) -> None:
     on = suitable(name)
     model = build(name, on)
     data = on.experiences[0].train
-    nn.functional.cross_entropy(logits(model, on, 8), data.y[:8]).backward()
-    unused = [n for n, p in model.named_parameters() if p.grad is None]
+    out = logits(model, on, 8)
+    (out if out.dim() == 2 else out[:, 0]).log_softmax(1)[torch.arange(8), data.y[:8]].sum().backward()
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not unused, "DDP wants every parameter to take part"
 
 
@@ -88,7 +98,7 @@ def test_samples_do_not_influence_each_other_in_evaluation(name: str) -> None:
     on = suitable(name)
     model = build(name, on).eval()
     data = on.experiences[0].train
-    x = data.x[:6].float() / 255
+    x = inputs(data.x[:6])
     whole = model(x, data.t[:6])
     assert torch.allclose(whole[2:4], model(x[2:4], data.t[2:4]), atol=1e-5)
 

@@ -10,7 +10,7 @@ import torch
 from cl_lab import knobs, registry
 from cl_lab.errors import ConfigError
 from cl_lab.protocols import Scenario
-from cl_lab.records import Stream
+from cl_lab.records import PAD, Experience, Stream
 
 NAMES = registry.names("scenarios")
 
@@ -88,7 +88,7 @@ def test_samples_are_as_the_stream_says(name: str) -> None:
     assert len(made) == len(made.experiences) >= 1
     shapes = {e.train.x.dtype for e in made.experiences} | {e.test.x.dtype for e in made.experiences}
     assert len(shapes) == 1, "one dtype throughout"
-    assert shapes <= {torch.uint8, torch.float32}
+    assert shapes <= ({torch.int32} if made.objective == "language" else {torch.uint8, torch.float32})
     for i, e in enumerate(made.experiences):
         assert e.index == i
         for data in (e.train, e.test):
@@ -108,15 +108,27 @@ def test_samples_are_as_the_stream_says(name: str) -> None:
             assert e.classes == (0,)
             continue
         assert tuple(e.train.y.unique().tolist()) == e.classes, "the classes listed are the labels present"
+        if made.objective == "language":
+            assert_answers_stand_behind_prompts(made, e)
         assert set(e.test.y.unique().tolist()) <= set(e.classes)
     assert {c for e in made.experiences for c in e.classes} == set(range(made.n_classes)), "no output without samples"
+
+
+def assert_answers_stand_behind_prompts(made: Stream, e: Experience) -> None:
+    assert made.answers is not None
+    for data in (e.train, e.test):
+        prompt, answer = data.x.split([n for (n,) in made.layout.values()], 1)
+        assert torch.equal(answer.long(), made.answers[data.y])
+        assert bool((prompt[:, -1] != PAD).all()), "a prompt ends where the answer begins"
+        assert bool(((prompt != PAD).int().diff() >= 0).all()), "and has no holes"
+        assert bool(((answer != PAD).int().diff() <= 0).all())
 
 
 @offline
 def test_tasks_are_experiences(name: str) -> None:
     made = stream(name)
     for e in made.experiences:
-        expected = {e.index} if made.task_labels else {0}
+        expected = {e.index} if made.task_labels or made.objective == "language" else {0}
         for data in (e.train, e.test):
             assert set(data.t.tolist()) == expected
     if made.task_labels:

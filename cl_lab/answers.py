@@ -1,0 +1,86 @@
+"""Which answer a language model gives: written freely, the likeliest of a task's answers, or that by its first token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cl_lab.records import PAD, Batch, Stream
+
+NONE, BROKEN = -1, -2
+"""In place of an answer: what was written is none of the stream's answers; logits were not finite."""
+
+Say = Callable[[Batch], Tensor]
+"""Logits ``[B, A', vocabulary]`` at the answer's places, given the tokens that stand before each."""
+
+
+def find_answers(batch: Batch, say: Say, stream: Stream) -> Tensor:
+    """The answers found for ``batch``, ``[B]`` int64 rows of ``stream.answers``, else :data:`NONE` or :data:`BROKEN`.
+
+    As :attr:`Stream.scoring` says: ``generation`` takes the likeliest token after another until the answer's end, and is
+    right only where all tokens are those of an answer; ``constrained`` takes the task's answer with the highest
+    log-probability, its end included, so that a long answer is not put before its own beginning; ``first-token`` the
+    task's answer whose first token is the likeliest. What stands in the answer's columns of ``batch`` is not looked at.
+    """
+    assert stream.answers is not None
+    answers = stream.answers.to(batch.x.device)
+    prompt = stream.layout["prompt"][0]
+    if stream.scoring == "generation":
+        return _generate(batch, say, answers, prompt)
+    found = torch.full_like(batch.y, NONE)
+    scores = _first_tokens if stream.scoring == "first-token" else _likelihoods
+    for task in batch.t.unique().tolist():
+        rows = (batch.t == task).nonzero().squeeze(1)
+        classes = torch.tensor(stream.experiences[task].classes, device=batch.x.device)
+        some = Batch(batch.x[rows], batch.y[rows], batch.t[rows], 0, epoch=batch.epoch, raw=batch.raw)
+        values = scores(some, say, answers[classes], prompt)
+        best, place = values.max(1)
+        found[rows] = torch.where(best.isfinite(), classes[place], BROKEN)
+    return found
+
+
+def _asked(batch: Batch, prompt: int, answer: Tensor | None = None) -> Batch:
+    """The batch with ``answer`` ``[a]`` or ``[B, a]`` behind its prompts, or with nothing there."""
+    if not batch.raw or batch.x.is_floating_point():  # latents: what is said first depends on the prompt alone
+        return batch
+    x = batch.x.clone()
+    x[:, prompt:] = PAD
+    if answer is not None:
+        x[:, prompt : prompt + answer.shape[-1]] = answer.to(x.dtype)
+    return replace(batch, x=x)
+
+
+def _first_tokens(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
+    """``[B, K]`` logits of the answers' first tokens."""
+    return say(_asked(batch, prompt))[:, 0].float()[:, answers[:, 0]]
+
+
+def _likelihoods(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
+    """``[B, K]`` log-probabilities of the answers, their end included."""
+    values = []
+    for answer in answers:
+        tokens = answer[answer != PAD]
+        said = say(_asked(batch, prompt, tokens[:-1]))[:, : len(tokens)].float().log_softmax(2)
+        values.append(said.gather(2, tokens.expand(len(batch), -1)[:, :, None]).sum((1, 2)))
+    return torch.stack(values, 1)
+
+
+def _generate(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
+    n, longest = len(batch), answers.shape[1]
+    ends = answers.gather(1, (answers != PAD).sum(1, keepdim=True) - 1).unique()  # the end-of-text token
+    written = torch.full((n, longest), PAD, dtype=torch.int64, device=batch.x.device)
+    going = torch.ones(n, dtype=torch.bool, device=batch.x.device)
+    broken = torch.zeros_like(going)
+    for place in range(longest):
+        best, token = say(_asked(batch, prompt, written[:, :place]))[:, place].float().max(1)
+        broken |= going & ~best.isfinite()
+        written[:, place] = torch.where(going, token, PAD)
+        going = going & ~torch.isin(token, ends)
+        if not going.any():
+            break
+    same = (written[:, None] == answers).all(2)  # [B, K]
+    found = torch.where(same.any(1), same.int().argmax(1), NONE)
+    return torch.where(broken, BROKEN, found)

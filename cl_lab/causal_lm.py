@@ -1,0 +1,254 @@
+"""Causal language models as classifiers of the laboratory: prompt in, logits of the answer's tokens out.
+
+The same parts as for pictures, so that everything built on them serves: a backbone of stages that can be cut behind any
+layer (frozen prefixes computed once, REMIND's codes), and a head, here the projection to the vocabulary, which runs at
+the answer's places only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cl_lab.errors import ConfigError, nearest
+from cl_lab.hub import load_causal_lm, tiny_causal_lm
+from cl_lab.knobs import knob
+from cl_lab.models import Backbone, Classifier, Head, Stage
+from cl_lab.protocols import ModelSpec
+from cl_lab.records import Stream
+
+_TINY = "tiny"
+
+
+class CausalBackbone(Backbone):
+    """The decoder of a causal language model: ``[B, P + A]`` int32 tokens → ``[B, A', width]`` where the answer is said.
+
+    A row holds a prompt that ends at column P and an answer that begins there (:class:`~cl_lab.records.Stream`); places
+    without a token are masked and take no position. Columns that no row of a batch uses are cut off, so ``A'`` is one more
+    than the longest answer in the batch, but at most A: what it says at place j follows from the prompt and j tokens.
+
+    Behind a stage its latents are flat, ``[B, L·D + L]`` float32: the hidden state of each of the L = P + A places (zero
+    where there is no token), then the mask, in ones and zeros.
+    """
+
+    def __init__(self, decoder: nn.Module, prompt: int, answer: int) -> None:
+        super().__init__()
+        config: Any = decoder.config
+        self.model = decoder
+        self.width = int(config.hidden_size)
+        self._prompt, self._answer = prompt, answer
+        parts = ("embed_tokens", "layers", "norm", "rotary_emb")  # of Llama, Qwen, Mistral and their relatives
+        self._layers = len(decoder.layers) if all(hasattr(decoder, p) for p in parts) else None  # type: ignore[arg-type]
+        self.latent_rows = {name: (prompt + answer, self.width) for name, _ in self.stages()[:-1]}
+
+    def stages(self) -> list[Stage]:
+        """``model.embed_tokens``, each ``model.layers.…`` and ``model.norm``; of other families only ``model``, whole."""
+        if self._layers is None:
+            names = ["model"]
+        else:
+            names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(self._layers)), "model.norm"]
+        return [(name, partial(self.run, first=i, last=i + 1)) for i, name in enumerate(names)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, P + A]`` tokens → ``[B, A', width]``."""
+        return self.run(x, 0, None)
+
+    def run(self, x: Tensor, first: int, last: int | None) -> Tensor:
+        """Stages ``first`` … ``last − 1``: tokens or flat latents in, flat latents or (where it is through) features out."""
+        count = 1 if self._layers is None else self._layers + 2
+        through = last is None or last == count
+        if first == 0:
+            mask, h = x >= 0, x
+        else:
+            size = (self._prompt + self._answer) * self.width
+            mask = x[:, size:] > 0.5
+            h = x[:, :size].unflatten(1, (-1, self.width)).to(next(self.parameters()).dtype)
+        start, end, said = 0, mask.shape[1], self._answer
+        if through:
+            start, end, said = self._used(mask)
+            mask, h = mask[:, start:end], h[:, start:end]
+        h = self._whole(h, mask) if self._layers is None else self._some(h, mask, first, last or count)
+        if through:
+            place = self._prompt - start - 1
+            return h[:, place : place + said]
+        h = h.float() * mask[:, :, None]
+        return torch.cat([h.flatten(1), mask.to(h.dtype)], 1)
+
+    def _used(self, mask: Tensor) -> tuple[int, int, int]:
+        """The columns that matter, from and to, and how many of the answer's places are to be said."""
+        columns = mask.any(0)
+        start = int(columns[: self._prompt].int().argmax())
+        said = min(self._answer, int(columns[self._prompt :].sum()) + 1)
+        return start, self._prompt + said - 1, said
+
+    def _some(self, h: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
+        decoder: Any = self.model
+        assert self._layers is not None
+        if first == 0:
+            h = decoder.embed_tokens(h.clamp(min=0).long())
+        layers = decoder.layers[max(first - 1, 0) : max(last - 1, 0)]
+        if len(layers):
+            places = (mask.cumsum(1) - 1).clamp(min=0)
+            t = mask.shape[1]
+            # Every place may see itself, or a place without a token would have nothing to attend to.
+            seen = torch.ones(t, t, dtype=torch.bool, device=h.device).tril() & mask[:, None, None, :]
+            seen = seen | torch.eye(t, dtype=torch.bool, device=h.device)
+            turned = decoder.rotary_emb(h, position_ids=places)
+            for layer in layers:
+                h = layer(h, attention_mask=seen, position_ids=places, position_embeddings=turned)
+        return decoder.norm(h) if last == self._layers + 2 else h
+
+    def _whole(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        out = self.model(
+            input_ids=tokens.clamp(min=0).long(), attention_mask=mask.long(), position_ids=places, use_cache=False
+        )
+        h: Tensor = out.last_hidden_state
+        return h
+
+
+class VocabularyHead(Head):
+    """The model's own projection to its vocabulary; it may share its weight with the embedding of tokens."""
+
+    def __init__(self, projection: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.linear = projection
+
+    def forward(self, h: Tensor, t: Tensor) -> Tensor:
+        """Logits ``[B, A', vocabulary]`` of ``h`` ``[B, A', width]``; ``t`` is ignored."""
+        logits: Tensor = self.linear(h)
+        return logits
+
+
+@dataclass
+class CausalLM(ModelSpec):
+    """A causal language model that answers prompts, for streams of texts: adapted by LoRA, or trained whole.
+
+    ``weights`` is a model that ``cl-lab fetch model`` knows (``smollm2-135m``), a local folder, a GGUF file, an id of the
+    Hugging Face hub, or ``tiny``: a random Llama of two layers for trying things out. Nothing is unpickled and no code that
+    comes with a model is run, unless ``trust_remote_code`` says so.
+
+    LoRA (Hu et al. 2022, arXiv 2106.09685) adds ``(α/r)·BA`` to each target's weight; A and B alone are trained. A target is
+    the last part of a module's path (``q_proj``) or a whole path with wildcards (``model.layers.[0-9].self_attn.*_proj``),
+    matched part by part. Where embedding and head are one tensor, freezing the one freezes the other.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("prompt", "answer")
+
+    weights: str = knob("smollm2-135m", "fetched model, local folder, GGUF file, hub id, or tiny: a random model")
+    adapt: Literal["lora", "full"] = knob("lora", "train low-rank adapters, or every weight")
+    lora_rank: int = knob(8, "r, the rank of each adapter", ge=1)
+    lora_alpha: float = knob(16.0, "α: an adapter counts α/r times", gt=0)
+    lora_dropout: float = knob(0.0, "share of an adapter's inputs dropped in training", ge=0, lt=1)
+    lora_targets: list[str] = knob(["q_proj", "v_proj"], "modules to adapt, by structure", min_length=1)
+    dtype: Literal["float32", "bfloat16"] = knob("float32", "what the weights are held in")
+    gradient_checkpointing: bool = knob(False, "compute activations again in the backward pass instead of keeping them")
+    frozen: str | None = knob(
+        None,
+        "stage up to which nothing is trained (model.layers.19): samples pass it once, and strategies see what comes out",
+    )
+    keep_latents: bool = knob(False, "keep what the frozen layers make on disk ($CL_LAB_CACHE/latents) for other runs")
+    trust_remote_code: bool = knob(False, "run code that comes with the model; it can do all that you can do")
+
+    @classmethod
+    def conformance_knobs(cls) -> dict[str, Any]:
+        return {"weights": _TINY}
+
+    def build(self, stream: Stream) -> Classifier:
+        """The model with its adapters.
+
+        Raises :class:`ConfigError` for a stream that is not of texts, a model that is not there, a LoRA target that matches
+        nothing or a stage the model has not, and :class:`~cl_lab.errors.DataError` for files that hold something else.
+        """
+        if stream.objective != "language" or stream.answers is None:
+            raise ConfigError(
+                f"model 'causal-lm' answers prompts, but stream '{stream.name}' is a {stream.objective}; use scenario "
+                "text-stream, or another model (cl-lab list models)"
+            )
+        highest = int(stream.answers.max())
+        model: Any
+        if self.weights == _TINY:
+            model = tiny_causal_lm(max(highest, *(int(e.test.x.max()) for e in stream.experiences)) + 1)
+        else:
+            model = load_causal_lm(self.weights, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        vocabulary, longest = model.get_output_embeddings().weight.shape[0], sum(stream.input_shape)
+        if highest >= vocabulary:
+            raise ConfigError(
+                f"model.weights = '{self.weights}': has {vocabulary} tokens, but stream '{stream.name}' holds token "
+                f"{highest}; set scenario.tokenizer to the model's own"
+            )
+        context = getattr(model.config, "max_position_embeddings", None)
+        if context is not None and longest > context:
+            raise ConfigError(
+                f"model.weights = '{self.weights}': reads {context} tokens, but prompt and answer of stream '{stream.name}' "
+                f"take up to {longest}; lower scenario.max_prompt"
+            )
+        if self.frozen is not None and stream.scoring != "first-token":
+            raise ConfigError(
+                f"model.frozen = '{self.frozen}': texts pass these layers once, but scoring '{stream.scoring}' reads on "
+                "from answers; set scenario.scoring=first-token, or leave model.frozen out"
+            )
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.requires_grad_(self.adapt == "full")
+        if self.adapt == "lora":
+            self._add_adapters(model)
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        prompt, answer = (stream.layout[part][0] for part in self.parts)
+        built = Classifier(
+            CausalBackbone(model.base_model, prompt, answer), VocabularyHead(model.get_output_embeddings())
+        )
+        if self.frozen is not None:
+            built.split(self.frozen)  # raises where there is no such stage
+            if tied:
+                built.head.linear.weight.requires_grad_(False)
+        built.frozen, built.keep_latents = self.frozen, self.keep_latents
+        return built
+
+    def _add_adapters(self, model: nn.Module) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        targets = linear_modules(model, self.lora_targets)
+        config = LoraConfig(
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=targets,
+        )
+        inject_adapter_in_model(config, model)
+
+
+def linear_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Paths of the linear layers that ``patterns`` name: the last part of a path, or a whole path with wildcards.
+
+    Raises :class:`ConfigError` for a pattern that names none.
+    """
+    from fnmatch import fnmatchcase
+
+    paths = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not _head_of(model)]
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        wanted = pattern.split(".")
+        matching = [
+            path
+            for path in paths
+            if len(wanted) in (1, len(parts := path.split(".")))
+            and all(fnmatchcase(p, w) for p, w in zip(parts[-len(wanted) :], wanted, strict=True))
+        ]
+        if not matching:
+            there = sorted({path.rpartition(".")[2] for path in paths})
+            raise ConfigError(
+                f"model.lora_targets: '{pattern}' matches no linear layer{nearest(pattern, there)}; there are "
+                f"{', '.join(there)}"
+            )
+        found |= dict.fromkeys(matching)
+    return list(found)
+
+
+def _head_of(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -1,0 +1,105 @@
+"""How answers in words are found: against hand-made logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import toys
+from torch import Tensor
+
+from cl_lab.answers import BROKEN, NONE, find_answers
+from cl_lab.errors import DataError
+from cl_lab.records import PAD, Batch, Scoring, Stream
+
+VOCABULARY = 40
+
+
+def asked(on: Stream, n: int = 4, part: int = 0) -> Batch:
+    return on.experiences[part].test.batch(torch.arange(n))
+
+
+def saying(tokens: list[int], *, strength: float = 10.0) -> Callable[[Batch], Tensor]:
+    """A model that says ``tokens`` whatever it reads, and says nothing of what stands behind the places it is asked for."""
+
+    def say(batch: Batch) -> Tensor:
+        written = int((batch.x[:, toys.PROMPT :] != PAD).any(0).sum())
+        places = min(toys.ANSWER, written + 1)
+        out = torch.zeros(len(batch), places, VOCABULARY)
+        for place, token in enumerate(tokens[:places]):
+            out[:, place, token] = strength
+        return out
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [([10, 9, 1], 0), ([11, 1], 1), ([10, 1], NONE), ([11, 9, 1], NONE), ([10, 9, 9], NONE), ([12, 9, 1], 2)],
+)
+def test_written_freely_every_token_must_be_right(said: list[int], found: int) -> None:
+    assert (
+        find_answers(asked(toys.stream(form="texts")), saying(said), toys.stream(form="texts")).tolist() == [found] * 4
+    )
+
+
+def test_writing_goes_on_from_what_was_written() -> None:
+    """A model that copies the last token plus one shows what stood before each place."""
+    on = toys.stream(form="texts")
+    seen = []
+
+    def say(batch: Batch) -> Tensor:
+        seen.append(batch.x[0, toys.PROMPT :].tolist())
+        return saying([10, 9, 1])(batch)
+
+    find_answers(asked(on), say, on)
+    assert seen == [[PAD, PAD, PAD], [10, PAD, PAD], [10, 9, PAD]], "the right answer in the batch is not looked at"
+
+
+def test_the_likeliest_answer_counts_its_end() -> None:
+    """Token 10 is likelier than 11, but its answer goes on with 9, which is never said."""
+    on = toys.stream(form="texts", scoring="constrained")
+
+    def say(batch: Batch) -> Tensor:
+        out = saying([10, 1, 1])(batch)
+        out[:, 0, 11] = 9.0
+        return out
+
+    assert find_answers(asked(on), say, on).tolist() == [1] * 4
+    first = replace(on, scoring="first-token")
+    assert find_answers(asked(first), say, first).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("scoring", ["constrained", "first-token"])
+def test_only_answers_of_the_task_are_taken(scoring: Scoring) -> None:
+    on = toys.stream(form="texts", scoring=scoring)
+    assert find_answers(asked(on, part=1), saying([11, 1]), on).max() >= 2
+    assert find_answers(asked(on, part=0), saying([13, 1]), on).max() <= 1
+
+
+@pytest.mark.parametrize("scoring", ["generation", "constrained", "first-token"])
+def test_outputs_that_are_not_finite_are_no_answer(scoring: Scoring) -> None:
+    on = toys.stream(form="texts", scoring=scoring)
+    broken = lambda batch: saying([10, 9, 1])(batch) * float("nan")  # noqa: E731
+    assert find_answers(asked(on), broken, on).tolist() == [BROKEN] * 4
+
+
+def test_first_tokens_must_differ() -> None:
+    on = toys.stream(form="texts")
+    assert on.answers is not None
+    answers = on.answers.clone()
+    answers[:, 0] = 10
+    with pytest.raises(DataError, match=r"answers of 'toy 0' begin with the same token; take 'constrained'"):
+        replace(on, answers=answers, scoring="first-token")
+
+
+def test_a_language_stream_says_what_it_needs() -> None:
+    on = toys.stream(form="texts")
+    with pytest.raises(DataError, match="it needs prompt and answer"):
+        replace(on, answers=None)
+    with pytest.raises(DataError, match="its table is"):
+        replace(on, n_classes=on.n_classes + 1)
+    assert on.chance is None
+    assert replace(on, scoring="constrained").chance == 1 / toys.CLASSES

@@ -1,0 +1,174 @@
+"""A causal language model as backbone and head: against Transformers' own forward pass, and cut in two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toys
+
+from cl_lab import hub, registry
+from cl_lab.causal_lm import CausalBackbone, VocabularyHead, linear_modules
+from cl_lab.errors import ConfigError
+from cl_lab.latents import put_through
+from cl_lab.models import Classifier
+from cl_lab.records import PAD, Stream
+
+TINY = {"name": "causal-lm", "weights": "tiny"}
+TRAINING = {"lr": 0.01, "optimizer": "adam", "epochs": 8}
+
+
+@pytest.fixture
+def stream() -> Stream:
+    return toys.stream(form="texts")
+
+
+def build(on: Stream, **knobs: Any) -> Any:
+    torch.manual_seed(0)
+    return registry.create("models", TINY | knobs, "model").build(on).eval()
+
+
+def wrapped(on: Stream) -> tuple[Any, Classifier]:
+    """A tiny Llama, and the same within backbone and head."""
+    torch.manual_seed(0)
+    plain: Any = hub.tiny_causal_lm(40).eval()
+    backbone = CausalBackbone(plain.base_model, toys.PROMPT, toys.ANSWER)
+    return plain, Classifier(backbone, VocabularyHead(plain.get_output_embeddings())).eval()
+
+
+def test_says_what_the_model_itself_says(stream: Stream) -> None:
+    """One row after another, without any padding, through Transformers' own forward pass."""
+    plain, model = wrapped(stream)
+    data = stream.experiences[0].train
+    out = model(data.x[:8], data.t[:8])
+    for row, logits in zip(data.x[:8], out, strict=True):
+        tokens = row[row != PAD].long()
+        prompt = int((row[: toys.PROMPT] != PAD).sum())
+        expected = plain(tokens[None]).logits[0, prompt - 1 :]
+        n = min(len(expected), len(logits))
+        assert n >= 2
+        assert torch.allclose(logits[:n], expected[:n], atol=1e-5)
+
+
+def test_columns_that_nobody_uses_change_nothing(stream: Stream) -> None:
+    _, model = wrapped(stream)
+    data = stream.experiences[0].train
+    x = data.x[:4].clone()
+    x[:, toys.PROMPT + 1 :] = PAD
+    assert model(x, data.t[:4]).shape[1] == 2, "one more than the answer's tokens"
+    x[:, toys.PROMPT :] = PAD
+    alone = model(x, data.t[:4])
+    assert alone.shape[1] == 1
+    assert torch.allclose(alone[:, 0], model(data.x[:4], data.t[:4])[:, 0], atol=1e-5), "the answer is not foreseen"
+
+
+@pytest.mark.parametrize("stage", ["model.embed_tokens", "model.layers.0", "model.layers.1"])
+def test_cut_in_two_it_is_the_same_function(stream: Stream, stage: str) -> None:
+    model = build(stream)
+    data = stream.experiences[0].train
+    whole = model(data.x[:8], data.t[:8])
+    lower = model.split(stage)
+    latents = model.latents(data.x[:8])
+    rows, depth = model.backbone.latent_rows[stage]
+    assert latents.shape == (8, rows * depth + rows)
+    assert torch.equal(latents[:, rows * depth :], (data.x[:8] != PAD).float())
+    assert torch.allclose(model(latents, data.t[:8], latent=True), whole, atol=1e-5)
+    assert not any("layers.1" in name for name in lower) or stage == "model.layers.1"
+
+
+def test_a_stream_put_through_the_frozen_layers_is_learnt_alike() -> None:
+    stream = toys.stream(form="texts", scoring="first-token")
+    whole, cut = build(stream), build(stream, frozen="model.layers.0")
+    data = stream.experiences[0].test
+    expected = whole(data.x, data.t)
+    through = put_through(stream, cut, "model.layers.0", keep=False, device=torch.device("cpu"))
+    latents = through.experiences[0].test
+    assert torch.allclose(cut(latents.x, latents.t), expected, atol=1e-5)
+    assert through.layout["prompt"] == (toys.PROMPT,), "answers are found as before"
+
+
+@pytest.mark.parametrize("adapt", ["lora", "full"])
+def test_learns_and_checkpoints_hold_what_it_learnt(stream: Stream, adapt: str, tmp_path: Path) -> None:
+    """Low-rank adapters or all weights: a stream of three tasks is learnt, and a fresh trainer goes on from the state."""
+    model = TINY | {"adapt": adapt, "lora_targets": ["*_proj"]}
+    on = toys.stream(form="texts", scoring="constrained")
+    trainer = toys.trainer([{"name": "joint"}], on, model=model, training=TRAINING | {"epochs": 10, "lr": 0.02})
+    before = toys.weights_of(trainer)
+    record = trainer.run()
+    assert sum(record.matrix[-1]) / 3 > 0.8, record.matrix
+    assert all("lora_" in n for n in trainer.learner.parameters()) == (adapt == "lora")
+    after = toys.weights_of(trainer)
+    moved = set(toys.differing(before, after))
+    assert moved
+    assert adapt == "full" or all("lora_" in n for n in moved), "what is not adapted stands still"
+    state = trainer.state_dict()
+    held = state["learner"]["weights"]  # type: ignore[index,call-overload]
+    assert all("lora_" in n for n in held) == (adapt == "lora"), "given weights are not saved again"  # type: ignore[union-attr]
+    fresh = toys.trainer([{"name": "joint"}], on, model=model, training=TRAINING)
+    fresh.load_state_dict(state)
+    assert not toys.differing(after, toys.weights_of(fresh))
+
+
+@pytest.mark.parametrize("links", [[{"name": "naive"}], [{"name": "replay", "memory": 30}], [{"name": "si"}]])
+def test_the_shelf_serves(stream: Stream, links: list[dict[str, Any]]) -> None:
+    record = toys.trainer(links, stream, model=TINY | {"adapt": "full"}, training=TRAINING).run()
+    assert record.matrix[0][0] > 0.5, "written freely, token by token"
+
+
+@pytest.mark.parametrize("scoring", ["first-token", "constrained"])
+@pytest.mark.parametrize("codebooks", [8, None])
+def test_remind_keeps_hidden_states(scoring: str, codebooks: int | None) -> None:
+    on = toys.stream(form="texts", scoring=scoring)
+    knobs = {"name": "remind", "split": "model.layers.0", "base": "pretrained", "codebooks": codebooks}
+    knobs |= {"codebook_size": 64, "replay": 20}
+    trainer = toys.trainer([knobs], on, model=TINY | {"adapt": "full"}, training=TRAINING)
+    record = trainer.run()
+    (link,) = trainer.strategy.links
+    places = toys.PROMPT + toys.ANSWER
+    measures = record.measures[-1]
+    assert measures["remind/memory_samples"] == 180
+    if codebooks is not None:
+        assert measures["remind/bytes_per_sample"] == places * codebooks + places + 4 + 2 + 4, (
+            "codes, mask, answer, task, place"
+        )
+    assert (link.encoding() == "codes") == (scoring == "first-token")
+    assert sum(record.matrix[-1]) / 3 > 0.6, record.matrix
+    naive = toys.trainer([{"name": "naive"}], on, model=TINY | {"adapt": "full"}, training=TRAINING).run()
+    assert sum(record.matrix[-1]) > sum(naive.matrix[-1])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "count"),
+    [(["q_proj"], 2), (["model.layers.*.self_attn.[qv]_proj"], 4), (["model.layers.1.mlp.down_proj", "q_proj"], 3)],
+)
+def test_targets_are_found_by_structure(patterns: list[str], count: int) -> None:
+    assert len(linear_modules(hub.tiny_causal_lm(40), patterns)) == count
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"lora_targets": ["qproj"]}, "'qproj' matches no linear layer; did you mean 'q_proj'"),
+        ({"lora_targets": ["layers.1.q_proj"]}, "matches no linear layer"),
+        ({"frozen": "model.layers.0"}, "scoring 'generation' reads on from answers; set scenario.scoring=first-token"),
+    ],
+)
+def test_what_cannot_be_is_one_line(stream: Stream, knobs: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        build(stream, **knobs)
+
+
+def test_a_stage_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(
+        ConfigError, match=r"cannot be split behind 'model.layers.7'.*its stages are model.embed_tokens"
+    ):
+        build(toys.stream(form="texts", scoring="first-token"), frozen="model.layers.7")
+
+
+def test_other_streams_are_refused() -> None:
+    with pytest.raises(ConfigError, match="answers prompts, but stream 'toy' is a classification"):
+        build(toys.stream())
+    with pytest.raises(ConfigError, match="learns classification only"):
+        toys.trainer([{"name": "lwf"}], toys.stream(form="texts"), model=TINY)
