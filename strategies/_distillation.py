@@ -12,10 +12,14 @@ _IMPOSSIBLE = -1e30  # in place of -inf, whose differences are NaN; softmax make
 
 
 class Teacher:
-    """A copy of the model as it stood when :meth:`take` was called; false before that."""
+    """A copy of the model as it stood when :meth:`take` was called; false before that.
+
+    Its state leaves out what was not trained then: it is, and stays, that of the model itself.
+    """
 
     def __init__(self) -> None:
         self._module: nn.Module | None = None
+        self._given: set[str] = set()  # names of what was not trained when it was taken
         self._restored: State = {}  # weights of a checkpoint, until they are needed
 
     def __bool__(self) -> bool:
@@ -25,9 +29,26 @@ class Teacher:
         """Become a copy of the model as it stands now."""
         self._restored = {}
         if self._module is None:
-            self._module = learner.replica().requires_grad_(False)
+            self._make(learner)
         else:
             learner.refresh(self._module)
+
+    @torch.no_grad()
+    def follow(self, learner: Learner, share: float) -> None:
+        """Go a ``share`` of the way to the model's weights: ``θ ← θ + share·(θ_model − θ)``, for what is trained now."""
+        own = dict(self._ready(learner).named_parameters())
+        for name, p in learner.parameters().items():
+            own[name].lerp_(p.to(own[name]), share)
+
+    @torch.no_grad()
+    def take_buffers(self, learner: Learner) -> None:
+        """Take over the model's buffers (running statistics), not its weights."""
+        buffers = dict(self._ready(learner).named_buffers())
+        if buffers:
+            weights = learner.weights()
+            for name, buffer in buffers.items():
+                if name in weights:  # those that are saved
+                    buffer.copy_(weights[name])
 
     @torch.no_grad()
     def outputs(self, batch: Batch, learner: Learner) -> Tensor:
@@ -52,14 +73,22 @@ class Teacher:
 
     def _ready(self, learner: Learner) -> nn.Module:
         if self._module is None:
-            self._module = learner.replica().requires_grad_(False)
-            self._module.load_state_dict(self._restored)
+            self._make(learner).load_state_dict(self._restored, strict=not self._given)
             self._restored = {}
+        assert self._module is not None
         return self._module
+
+    def _make(self, learner: Learner) -> nn.Module:
+        made = self._module = learner.replica()
+        parameters = made.state_dict(keep_vars=True).items()
+        self._given = {n for n, p in parameters if isinstance(p, nn.Parameter) and not p.requires_grad}
+        return made.requires_grad_(False)
 
     def state_dict(self) -> State:
         """Its weights; nothing before it was taken."""
-        return dict(self._restored) if self._module is None else dict(self._module.state_dict())
+        if self._module is None:
+            return dict(self._restored)
+        return {n: v for n, v in self._module.state_dict().items() if n not in self._given}
 
     def load_state_dict(self, state: object) -> None:
         """Restore what :meth:`state_dict` gave."""

@@ -1,0 +1,152 @@
+"""I-LoRA: the slow weights are the closed-form average of the fast ones, and pull only where they should."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import toys
+from torch import Tensor
+
+from cl_lab import registry
+from cl_lab.protocols import Learner, Strategy
+from cl_lab.records import OBJECTIVES, PAD, Batch, Objective, Stream
+from cl_lab.trainer import Trainer
+
+LM = {"name": "causal-lm", "weights": "tiny", "lora_targets": ["*_proj"]}
+ADAM = {"lr": 0.02, "optimizer": "adam", "epochs": 6}
+
+
+@dataclass
+class Watch(Strategy):
+    """Keeps the fast weights as they are before the first step and after each."""
+
+    objectives: ClassVar[frozenset[Objective]] = OBJECTIVES
+
+    _seen: list[dict[str, Tensor]] = field(default_factory=list, init=False, repr=False)
+
+    def mix(self, batch: Batch, learner: Learner) -> Batch:
+        if not self._seen:
+            self._seen.append({n: p.clone() for n, p in learner.parameters().items()})
+        return batch
+
+    def after_step(self, learner: Learner) -> None:
+        self._seen.append({n: p.clone() for n, p in learner.parameters().items()})
+
+
+def trainer(on: Stream, knobs: dict[str, Any], **sections: Any) -> tuple[Trainer, Any]:
+    links = [{"name": "ilora", "memory": 60, **knobs}, {"name": f"{__file__}:Watch"}]
+    made = toys.trainer(links, on, **sections)
+    return made, made.strategy.links
+
+
+@pytest.mark.parametrize(("decay", "warm_up"), [(0.9, True), (0.99, True), (0.9, False)])
+def test_slow_weights_are_the_closed_form_average(decay: float, warm_up: bool) -> None:
+    """After k steps ``θ_s = Σ_i w_i θ_f(i)`` with weights that the recursion gives; 108 steps, adapters alone."""
+    on = toys.stream(form="texts", scoring="first-token")
+    made, (ilora, watch) = trainer(on, {"decay": decay, "warm_up": warm_up}, model=LM, training=ADAM | {"lr": 0.005})
+    made.run()
+    assert len(watch._seen) > 100
+    weights = torch.ones(1, dtype=torch.float64)
+    for k in range(1, len(watch._seen)):
+        stays = min(1 - 1 / (k + 1), decay) if warm_up else decay
+        weights = torch.cat([weights * stays, torch.tensor([1 - stays], dtype=torch.float64)])
+    assert weights.sum() == pytest.approx(1)
+    slow = dict(ilora._slow._module.named_parameters())
+    assert all("lora_" in name for name in watch._seen[0])
+    for name in watch._seen[0]:
+        path = torch.stack([seen[name] for seen in watch._seen]).double()
+        expected = torch.tensordot(weights, path, 1)
+        assert torch.allclose(slow[name].double(), expected, atol=1e-6), name
+        assert not slow[name].requires_grad
+    if warm_up and decay == 0.99:
+        assert torch.allclose(weights[:-1], weights[1:], atol=1e-3), "until λ takes over, the plain mean"
+
+
+def test_released_slow_weights_never_move() -> None:
+    on = toys.stream(form="texts", scoring="first-token")
+    made, (ilora, watch) = trainer(on, {"variant": "released"}, model=LM, training=ADAM)
+    made.run()
+    slow = dict(ilora._slow._module.named_parameters())
+    assert all(torch.equal(slow[name], p) for name, p in watch._seen[0].items())
+
+
+def prepared(on: Stream, variant: str, **sections: Any) -> tuple[Trainer, Any]:
+    """One experience learnt, the second begun: a memory, and slow weights away from the fast ones."""
+    made = toys.trainer([{"name": "ilora", "memory": 60, "variant": variant, "strength": 3.0}], on, **sections)
+    learner, (ilora,) = made.learner, made.strategy.links
+    learner.begin(fresh=True)
+    first = on.experiences[0]
+    made.strategy.before_experience(first, learner)
+    ilora.mix(first.train.batch(torch.arange(5)), learner)
+    ilora.after_experience(first, learner)
+    with torch.no_grad():
+        for p in learner._named.values():
+            p.add_(0.1 * torch.randn(p.shape, generator=learner.rng))
+    return made, ilora
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_the_pull_is_that_of_the_formula(variant: str) -> None:
+    on = toys.stream()
+    made, ilora = prepared(on, variant)
+    learner = made.learner
+    batch = ilora.mix(on.experiences[1].train.batch(torch.arange(10)), learner)
+    assert len(batch) == 20
+    assert batch.y[10:].max() < 2, "the past alone is remembered"
+    outputs = learner.forward(batch)
+    plain = learner.loss(outputs, batch)
+    total = ilora.adjust_loss(plain, batch=batch, outputs=outputs, learner=learner)
+    fast = learner.model.backbone(batch.x[10:])
+    slow = ilora._slow._module.backbone(batch.x[10:])
+    away = slow - fast if variant == "paper" else (slow - fast).clamp(min=0)
+    assert float((total - plain).detach()) == pytest.approx(float(3 * away.detach().square().mean()), rel=1e-4)
+    assert away.abs().max() > 1e-3
+
+
+def test_of_a_text_only_the_answers_places_count() -> None:
+    on = toys.stream(form="texts", scoring="first-token")
+    made, ilora = prepared(on, "paper", model=LM)
+    learner = made.learner
+    batch = ilora.mix(on.experiences[1].train.batch(torch.arange(6)), learner)
+    outputs = learner.forward(batch)
+    plain = learner.loss(outputs, batch)
+    total = ilora.adjust_loss(plain, batch=batch, outputs=outputs, learner=learner)
+    expected = []
+    for x, y in zip(batch.x[6:], batch.y[6:], strict=True):  # one text after another, with no padding between
+        said = int((on.answers[y] != PAD).sum())  # type: ignore[index]
+        fast, slow = (m.backbone(x[None])[0, :said] for m in (learner.model, ilora._slow._module))
+        expected.append((fast - slow).square().mean())
+    assert float((total - plain).detach()) == pytest.approx(float(3 * torch.stack(expected).detach().mean()), rel=1e-4)
+    total.backward()
+    assert any(p.grad is not None and p.grad.any() for p in learner._named.values()), "the fast weights feel it"
+
+
+def test_either_may_answer() -> None:
+    on = toys.stream(form="texts", scoring="first-token")
+    rows = {}
+    for serve in ("slow", "fast"):
+        made, (ilora, _) = trainer(on, {"serve": serve, "decay": 0.9}, model=LM, training=ADAM)
+        record = made.run()
+        batch = on.experiences[0].test.batch(torch.arange(8))
+        with torch.no_grad():
+            same = torch.equal(ilora.predict(batch, made.learner), made.learner.forward(batch))
+        assert same == (serve == "fast")
+        rows[serve] = record.matrix[-1]
+    naive = toys.trainer([{"name": "naive"}], on, model=LM, training=ADAM).run().matrix[-1]
+    assert sum(rows["slow"]) > sum(naive), (rows, naive)
+
+
+def test_checkpoints_hold_the_adapters_alone() -> None:
+    on = toys.stream(form="texts", scoring="first-token")
+    made, (ilora, _) = trainer(on, {}, model=LM, training={"iterations": 2})
+    made.run()
+    slow = ilora.state_dict()["slow"]
+    assert slow
+    assert all("lora_" in name for name in slow)
+    fresh = registry.create("strategies", {"name": "ilora", "memory": 60}, "strategy")
+    fresh.load_state_dict(ilora.state_dict())
+    batch = on.experiences[0].test.batch(torch.arange(8))
+    assert torch.equal(fresh.predict(batch, made.learner), ilora.predict(batch, made.learner))
