@@ -10,11 +10,16 @@ from torch import Tensor
 
 from cl_lab.records import PAD, Batch, Stream
 
+_PLACES = 1024  # answers' places with logits over the whole vocabulary at a time
+
 NONE, BROKEN = -1, -2
 """In place of an answer: what was written is none of the stream's answers; logits were not finite."""
 
 Say = Callable[[Batch], Tensor]
-"""Logits ``[B, A', vocabulary]`` at the answer's places, given the tokens that stand before each."""
+"""Logits ``[B, A', vocabulary]`` at the answer's places, given the tokens that stand before each.
+
+A batch may hold m answers behind each prompt, ``[B, P + m·A]``, and gets ``[B, m·A', vocabulary]``.
+"""
 
 
 def find_answers(batch: Batch, say: Say, stream: Stream) -> Tensor:
@@ -59,13 +64,19 @@ def _first_tokens(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tenso
 
 
 def _likelihoods(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
-    """``[B, K]`` log-probabilities of the answers, their end included."""
+    """``[B, K]`` log-probabilities of the answers, their end included.
+
+    As many answers as :data:`_PLACES` allows stand behind each prompt at once, so that it is read but once for them.
+    """
+    n, longest = len(batch), answers.shape[1]
     values = []
-    for answer in answers:
-        tokens = answer[answer != PAD]
-        said = say(_asked(batch, prompt, tokens[:-1]))[:, : len(tokens)].float().log_softmax(2)
-        values.append(said.gather(2, tokens.expand(len(batch), -1)[:, :, None]).sum((1, 2)))
-    return torch.stack(values, 1)
+    for some in answers.split(max(1, _PLACES // (n * longest))):
+        x = torch.cat([batch.x[:, :prompt], some.flatten().expand(n, -1).to(batch.x.dtype)], 1)
+        said = say(replace(batch, x=x)).unflatten(1, (len(some), -1)).float().log_softmax(3)
+        tokens = some[:, : said.shape[2]]
+        picked = said.gather(3, tokens.clamp(min=0).expand(n, -1, -1)[..., None]).squeeze(3)
+        values.append((picked * (tokens != PAD)).sum(2))
+    return torch.cat(values, 1)
 
 
 def _generate(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:

@@ -32,6 +32,9 @@ class CausalBackbone(Backbone):
     without a token are masked and take no position. Columns that no row of a batch uses are cut off, so ``A'`` is one more
     than the longest answer in the batch, but at most A: what it says at place j follows from the prompt and j tokens.
 
+    Behind a prompt there may be m answers of A columns each, ``[B, P + m·A]``, none of which sees another: that gives
+    ``[B, m·A', width]`` for little more than the price of one.
+
     Behind a stage its latents are flat, ``[B, L·D + L]`` float32: the hidden state of each of the L = P + A places (zero
     where there is no token), then the mask, in ones and zeros.
     """
@@ -55,61 +58,76 @@ class CausalBackbone(Backbone):
         return [(name, partial(self.run, first=i, last=i + 1)) for i, name in enumerate(names)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, P + A]`` tokens → ``[B, A', width]``."""
+        """``[B, P + m·A]`` tokens → ``[B, m·A', width]``."""
         return self.run(x, 0, None)
 
     def run(self, x: Tensor, first: int, last: int | None) -> Tensor:
         """Stages ``first`` … ``last − 1``: tokens or flat latents in, flat latents or (where it is through) features out."""
-        count = 1 if self._layers is None else self._layers + 2
-        through = last is None or last == count
-        if first == 0:
-            mask, h = x >= 0, x
-        else:
-            size = (self._prompt + self._answer) * self.width
-            mask = x[:, size:] > 0.5
-            h = x[:, :size].unflatten(1, (-1, self.width)).to(next(self.parameters()).dtype)
-        start, end, said = 0, mask.shape[1], self._answer
-        if through:
-            start, end, said = self._used(mask)
-            mask, h = mask[:, start:end], h[:, start:end]
-        h = self._whole(h, mask) if self._layers is None else self._some(h, mask, first, last or count)
-        if through:
-            place = self._prompt - start - 1
-            return h[:, place : place + said]
-        h = h.float() * mask[:, :, None]
+        count = len(self.stages())
+        h, mask = (x, x >= 0) if first == 0 else self._unpacked(x)
+        if last is None or last == count:
+            return self._said(h, mask, first, count)
+        h = self._some(h, mask, self._prompt, self._answer, first, last).float() * mask[:, :, None]
         return torch.cat([h.flatten(1), mask.to(h.dtype)], 1)
 
-    def _used(self, mask: Tensor) -> tuple[int, int, int]:
-        """The columns that matter, from and to, and how many of the answer's places are to be said."""
-        columns = mask.any(0)
-        start = int(columns[: self._prompt].int().argmax())
-        said = min(self._answer, int(columns[self._prompt :].sum()) + 1)
-        return start, self._prompt + said - 1, said
+    def _unpacked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        places = x.shape[1] // (self.width + 1)
+        h, mask = x.split([places * self.width, places], 1)
+        return h.unflatten(1, (places, self.width)).to(next(self.parameters()).dtype), mask > 0.5
 
-    def _some(self, h: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
+    def _said(self, h: Tensor, mask: Tensor, first: int, count: int) -> Tensor:
+        """The last stages, on the columns that matter: prompts from the first token on, answers but for their last."""
+        (prompt, answers), (read, given) = (v.tensor_split((self._prompt,), 1) for v in (h, mask))
+        answers, given = (v.unflatten(1, (-1, self._answer)) for v in (answers, given))
+        m, start = given.shape[1], int(read.any(0).int().argmax())
+        behind = min(self._answer - 1, int(given.any(0).any(0).sum()))
+        h, mask = (
+            torch.cat([v[:, start:], w[:, :, :behind].flatten(1, 2)], 1) for v, w in ((prompt, answers), (read, given))
+        )
+        p = self._prompt - start
+        h = self._whole(h, mask, p, behind) if self._layers is None else self._some(h, mask, p, behind, first, count)
+        begun = h[:, None, p - 1 : p].expand(-1, m, -1, -1)
+        return torch.cat([begun, h[:, p:].unflatten(1, (m, behind))], 2).flatten(1, 2)
+
+    def _some(self, h: Tensor, mask: Tensor, prompt: int, answer: int, first: int, last: int) -> Tensor:
+        """Some stages, of rows with answers of ``answer`` columns each from column ``prompt`` on."""
         decoder: Any = self.model
         assert self._layers is not None
         if first == 0:
             h = decoder.embed_tokens(h.clamp(min=0).long())
         layers = decoder.layers[max(first - 1, 0) : max(last - 1, 0)]
         if len(layers):
-            places = (mask.cumsum(1) - 1).clamp(min=0)
-            t = mask.shape[1]
+            column = torch.arange(mask.shape[1], device=h.device)
+            of = torch.where(column < prompt, -1, (column - prompt) // max(answer, 1))  # which answer, or the prompt
+            seen = (column[:, None] >= column) & ((of == -1) | (of[:, None] == of)) & mask[:, None, None, :]
             # Every place may see itself, or a place without a token would have nothing to attend to.
-            seen = torch.ones(t, t, dtype=torch.bool, device=h.device).tril() & mask[:, None, None, :]
-            seen = seen | torch.eye(t, dtype=torch.bool, device=h.device)
+            seen = seen | (column[:, None] == column)
+            places = _places(mask, prompt, answer)
             turned = decoder.rotary_emb(h, position_ids=places)
             for layer in layers:
                 h = layer(h, attention_mask=seen, position_ids=places, position_embeddings=turned)
         return decoder.norm(h) if last == self._layers + 2 else h
 
-    def _whole(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        places = (mask.cumsum(1) - 1).clamp(min=0)
-        out = self.model(
-            input_ids=tokens.clamp(min=0).long(), attention_mask=mask.long(), position_ids=places, use_cache=False
-        )
-        h: Tensor = out.last_hidden_state
-        return h
+    def _whole(self, tokens: Tensor, mask: Tensor, prompt: int, answer: int) -> Tensor:
+        """The whole decoder, one answer after another: what a family does with a mask of our own is not known."""
+        tokens = tokens.clamp(min=0).long()
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        said = []
+        for one in columns[prompt:].split(answer) if answer else (columns[prompt:],):
+            own = torch.cat([columns[:prompt], one])
+            read, places = mask[:, own], _places(mask[:, own], prompt, answer)
+            out = self.model(input_ids=tokens[:, own], attention_mask=read.long(), position_ids=places, use_cache=False)
+            said.append(out.last_hidden_state)
+        return torch.cat([said[0][:, :prompt], *(h[:, prompt:] for h in said)], 1)
+
+
+def _places(mask: Tensor, prompt: int, answer: int) -> Tensor:
+    """Each token's place ``[B, T]`` in its text: behind those before it, of other answers none."""
+    read = mask[:, :prompt].cumsum(1)
+    if answer:
+        given = mask[:, prompt:].unflatten(1, (-1, answer)).cumsum(2).flatten(1, 2) + read[:, -1:]
+        read = torch.cat([read, given], 1)
+    return (read - 1).clamp(min=0)
 
 
 class VocabularyHead(Head):

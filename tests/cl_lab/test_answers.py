@@ -10,6 +10,7 @@ import torch
 import toys
 from torch import Tensor
 
+from cl_lab import answers
 from cl_lab.answers import BROKEN, NONE, find_answers
 from cl_lab.errors import DataError
 from cl_lab.records import PAD, Batch, Scoring, Stream
@@ -25,12 +26,12 @@ def saying(tokens: list[int], *, strength: float = 10.0) -> Callable[[Batch], Te
     """A model that says ``tokens`` whatever it reads, and says nothing of what stands behind the places it is asked for."""
 
     def say(batch: Batch) -> Tensor:
-        written = int((batch.x[:, toys.PROMPT :] != PAD).any(0).sum())
-        places = min(toys.ANSWER, written + 1)
-        out = torch.zeros(len(batch), places, VOCABULARY)
+        given = batch.x[:, toys.PROMPT :].unflatten(1, (-1, toys.ANSWER))
+        places = min(toys.ANSWER, int((given != PAD).any(0).any(0).sum()) + 1)
+        out = torch.zeros(len(batch), given.shape[1], places, VOCABULARY)
         for place, token in enumerate(tokens[:places]):
-            out[:, place, token] = strength
-        return out
+            out[:, :, place, token] = strength
+        return out.flatten(1, 2)
 
     return say
 
@@ -60,16 +61,42 @@ def test_writing_goes_on_from_what_was_written() -> None:
 
 def test_the_likeliest_answer_counts_its_end() -> None:
     """Token 10 is likelier than 11, but its answer goes on with 9, which is never said."""
-    on = toys.stream(form="texts", scoring="constrained")
 
     def say(batch: Batch) -> Tensor:
-        out = saying([10, 1, 1])(batch)
-        out[:, 0, 11] = 9.0
-        return out
+        m = (batch.x.shape[1] - toys.PROMPT) // toys.ANSWER
+        out = saying([10, 1, 1])(batch).unflatten(1, (m, -1))
+        out[:, :, 0, 11] = 9.0
+        return out.flatten(1, 2)
 
+    on = toys.stream(form="texts", scoring="constrained")
     assert find_answers(asked(on), say, on).tolist() == [1] * 4
     first = replace(on, scoring="first-token")
     assert find_answers(asked(first), say, first).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("places", [1, 24, 1024])
+def test_answers_may_be_asked_for_together(places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, two or all at a time: the same log-probabilities, those of the tokens one after another."""
+    monkeypatch.setattr(answers, "_PLACES", places)
+    on = toys.stream(form="texts", scoring="constrained", incremental="domain")
+    assert on.answers is not None
+    torch.manual_seed(0)
+    table = torch.randn(VOCABULARY + 1, VOCABULARY)  # what is said after a token; after PAD or a prompt: the last row
+    calls = []
+
+    def say(batch: Batch) -> Tensor:
+        given = batch.x[:, toys.PROMPT :].long().unflatten(1, (-1, toys.ANSWER))
+        calls.append(given.shape[1])
+        before = torch.cat([torch.full_like(given[:, :, :1], VOCABULARY), given[:, :, :-1]], 2)
+        return table[before.clamp(min=0)].flatten(1, 2)
+
+    batch = asked(on)
+    found = answers._likelihoods(batch, say, on.answers, toys.PROMPT)
+    log_p = table.log_softmax(1)
+    expected = [log_p[VOCABULARY, 10] + log_p[10, 9] + log_p[9, 1], log_p[VOCABULARY, 11] + log_p[11, 1]]
+    assert torch.allclose(found, torch.stack(expected).expand(4, -1), atol=1e-5)
+    assert sum(calls) == 2
+    assert len(calls) == (1 if places >= 24 else 2)
 
 
 @pytest.mark.parametrize("scoring", ["constrained", "first-token"])
@@ -89,10 +116,10 @@ def test_outputs_that_are_not_finite_are_no_answer(scoring: Scoring) -> None:
 def test_first_tokens_must_differ() -> None:
     on = toys.stream(form="texts")
     assert on.answers is not None
-    answers = on.answers.clone()
-    answers[:, 0] = 10
+    same = on.answers.clone()
+    same[:, 0] = 10
     with pytest.raises(DataError, match=r"answers of 'toy 0' begin with the same token; take 'constrained'"):
-        replace(on, answers=answers, scoring="first-token")
+        replace(on, answers=same, scoring="first-token")
 
 
 def test_a_language_stream_says_what_it_needs() -> None:

@@ -64,6 +64,22 @@ def test_columns_that_nobody_uses_change_nothing(stream: Stream) -> None:
     assert torch.allclose(alone[:, 0], model(data.x[:4], data.t[:4])[:, 0], atol=1e-5), "the answer is not foreseen"
 
 
+@pytest.mark.parametrize("layered", [True, False])
+def test_answers_behind_one_prompt_do_not_see_each_other(stream: Stream, layered: bool) -> None:
+    _, model = wrapped(stream)
+    backbone: Any = model.backbone
+    if not layered:  # a family whose parts are not known: the whole decoder for each answer
+        backbone._layers = None
+    data = stream.experiences[0].train
+    assert stream.answers is not None
+    prompts = data.x[:5, : toys.PROMPT]
+    every = stream.answers.to(torch.int32)
+    together = model(torch.cat([prompts, every.flatten().expand(5, -1)], 1), data.t[:5]).unflatten(1, (len(every), -1))
+    for k, answer in enumerate(every):
+        alone = model(torch.cat([prompts, answer.expand(5, -1)], 1), data.t[:5])
+        assert torch.allclose(together[:, k, : alone.shape[1]], alone, atol=1e-5)
+
+
 @pytest.mark.parametrize("stage", ["model.embed_tokens", "model.layers.0", "model.layers.1"])
 def test_cut_in_two_it_is_the_same_function(stream: Stream, stage: str) -> None:
     model = build(stream)
