@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ from ._orders import even_parts, limit_rows
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "magenta", "cyan")
 QUARTERS = ("top-left", "top-right", "bottom-left", "bottom-right")
-TYPES = ("existence", "count", "colour", "shape", "position", "comparison")
+Kind = Literal["existence", "count", "colour", "shape", "position", "comparison"]
+TYPES: tuple[Kind, ...] = get_args(Kind)
 ANSWERS = ("yes", "no", *map(str, range(6)), *COLOURS, *SHAPES, *QUARTERS)
 _SENTENCES = (
     "is there a FIRST SECOND",
@@ -241,16 +242,20 @@ class ShapeQuestions(Scenario):
     """Questions of six types about pictures of coloured shapes, by type or mixed (after Hayes et al. 2020, §5.2).
 
     A sample is a picture (3×32×32) and a question (eight word numbers), one behind the other; the model ``visual-question``
-    takes them apart. All types together have 22 answers. By *question-type*, an experience asks one type and is tested on
-    it; *iid*, the first holds ``base_share`` of all questions, the others share the rest, and every one is tested on all
-    types. Pictures and questions depend on ``data_seed`` alone; which types come first, or which question when, on the
-    run's seed.
+    takes them apart. All types together have 22 answers. By *question-type*, an experience asks one type (the first
+    ``base_types``) and is tested on it; *iid*, the first holds ``base_share`` of all questions, the others share the rest,
+    and every one is tested on all types. Pictures and questions depend on ``data_seed`` alone; which types come first, or
+    which question when, on the run's seed.
     """
 
-    experiences: int = knob(6, "number of experiences; by question-type, the number of types asked", ge=1)
+    experiences: int = knob(6, "number of experiences; by question-type, one type each after the first", ge=1)
     order: Literal["question-type", "iid"] = knob("question-type", "type by type, or all types mixed")
+    types: list[Kind] | None = knob(None, "types to ask, in this order; null: all, existence first", min_length=1)
+    base_types: int | None = knob(
+        None, "by question-type: types of the first experience, a base session; null: one", ge=1
+    )
     shuffle_types: bool = knob(
-        False, "draw the order of the types with order_seed; otherwise as listed, existence first"
+        False, "draw the order of the types with order_seed; those of base_types, where given, stay first"
     )
     base_share: float = knob(0.1, "iid: share of the questions in the first experience, a base session", gt=0, lt=1)
     train_questions: int = knob(1500, "training questions of each type", ge=10)
@@ -261,16 +266,28 @@ class ShapeQuestions(Scenario):
     boundaries: bool | None = knob(None, "tell strategies where an experience ends; null: unless online")
 
     def __post_init__(self) -> None:
-        if self.order == "question-type" and self.experiences > len(TYPES):
+        kinds = self.types or TYPES
+        if len(set(kinds)) < len(kinds):
+            raise ConfigError(f"types = {list(kinds)}: a type stands twice; name each once")
+        if self.order == "iid":
+            self._check_mixed()
+            return
+        asked = self.experiences - 1 + (self.base_types or 1)
+        if asked > len(kinds):
+            base = f" with base_types = {self.base_types}" if self.base_types else ""
             raise ConfigError(
-                f"experiences = {self.experiences}: there are {len(TYPES)} question types; give at most so many"
+                f"experiences = {self.experiences}{base}: asks {asked} question types of {len(kinds)}; give fewer"
             )
-        if self.order == "iid" and self.experiences < 2:
+
+    def _check_mixed(self) -> None:
+        if self.experiences < 2:
             raise ConfigError(
                 f"experiences = {self.experiences}: order = 'iid' needs a base session and one more; give 2"
             )
-        if self.order == "iid" and self.shuffle_types:
+        if self.shuffle_types:
             raise ConfigError("shuffle_types = true: order = 'iid' mixes the types; leave it out")
+        if self.base_types is not None:
+            raise ConfigError(f"base_types = {self.base_types}: order = 'iid' mixes the types; give base_share instead")
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any] | None:
@@ -280,48 +297,52 @@ class ShapeQuestions(Scenario):
     def stream(self, seed: int) -> Stream:
         """The stream for one seed; see :class:`~cl_lab.protocols.Scenario`. Samples are uint8 ``[3·32·32 + 8]``."""
         order_seed = seed if self.order_seed is None else self.order_seed
-        experiences = self._by_type(order_seed) if self.order == "question-type" else self._mixed(order_seed)
+        groups = self._groups(order_seed) if self.order == "question-type" else [list(self.types or TYPES)]
+        asked = sorted({a for kinds in groups for kind in kinds for a in _answers(kind)})
+        output = torch.full((len(ANSWERS),), -1)
+        output[asked] = torch.arange(len(asked))  # types that are not asked have no outputs
+        by_type = self.order == "question-type"
+        experiences = self._by_type(groups, output) if by_type else self._mixed(groups[0], output, order_seed)
         return Stream(
             name="ShapeQuestions",
             experiences=tuple(experiences),
-            n_classes=len({c for e in experiences for c in e.classes}),
+            n_classes=len(asked),
             input_shape=(3 * _SIDE * _SIDE + LENGTH,),
             boundaries=not self.online if self.boundaries is None else self.boundaries,
             online=self.online,
             layout={"image": (3, _SIDE, _SIDE), "question": (LENGTH,)},
         )
 
-    def _by_type(self, order_seed: int) -> list[Experience]:
-        order = permutation(len(TYPES), order_seed, "types").tolist() if self.shuffle_types else range(len(TYPES))
-        kinds = [TYPES[k] for k in order][: self.experiences]
-        asked = sorted({a for kind in kinds for a in _answers(kind)})
-        output = torch.full((len(ANSWERS),), -1)
-        output[asked] = torch.arange(len(asked))  # types that are not asked have no outputs
+    def _groups(self, order_seed: int) -> list[list[Kind]]:
+        """The types of each experience."""
+        kinds, base = list(self.types or TYPES), self.base_types or 0
+        if self.shuffle_types:
+            order = permutation(len(kinds) - base, order_seed, "types").tolist()
+            kinds[base:] = [kinds[base + k] for k in order]
+        first = max(base, 1)
+        return [kinds[:first], *([kind] for kind in kinds[first : first + self.experiences - 1])]
 
-        def questions(kind: str, part: str) -> TensorData:
-            data = self._questions(kind, part)
-            return TensorData(data.x, output[data.y], data.t)
-
+    def _by_type(self, groups: list[list[Kind]], output: Tensor) -> list[Experience]:
         return [
             Experience(
                 i,
-                kind,
-                output[_answers(kind)].tolist(),
-                functools.partial(questions, kind, "train"),
-                functools.partial(questions, kind, "test"),
+                ", ".join(kinds),
+                output[sorted({a for kind in kinds for a in _answers(kind)})].tolist(),
+                functools.partial(self._questions, kinds, "train", output),
+                functools.partial(self._questions, kinds, "test", output),
             )
-            for i, kind in enumerate(kinds)
+            for i, kinds in enumerate(groups)
         ]
 
-    def _mixed(self, order_seed: int) -> list[Experience]:
-        total = self.train_questions * len(TYPES)
+    def _mixed(self, kinds: list[Kind], output: Tensor, order_seed: int) -> list[Experience]:
+        total = self.train_questions * len(kinds)
         order = permutation(total, order_seed, "questions")
         base = max(1, round(total * self.base_share))
         sizes = [base, *even_parts(total - base, self.experiences - 1)]
 
         @functools.cache
         def whole(part: str) -> TensorData:
-            return TensorData.concat([self._questions(kind, part) for kind in TYPES])
+            return self._questions(kinds, part, output)
 
         test = functools.partial(whole, "test")
         found = []
@@ -331,9 +352,10 @@ class ShapeQuestions(Scenario):
             found.append(Experience(i, f"questions {i}", answers, train, test))
         return found
 
-    def _questions(self, kind: str, part: str) -> TensorData:
+    def _questions(self, kinds: list[Kind], part: str, output: Tensor) -> TensorData:
         n = self.train_questions if part == "train" else self.test_questions
-        return ask(kind, n, generator(self.data_seed, part, TYPES.index(kind)))
+        data = TensorData.concat([ask(k, n, generator(self.data_seed, part, TYPES.index(k))) for k in kinds])
+        return TensorData(data.x, output[data.y], data.t)
 
 
 def _answers(kind: str) -> list[int]:

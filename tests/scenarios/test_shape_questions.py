@@ -104,6 +104,39 @@ def test_by_question_type() -> None:
     assert len(names) > 1
 
 
+def test_a_base_session_of_several_types() -> None:
+    knobs: dict[str, Any] = {"train_questions": 24, "test_questions": 12}
+    order: list[questions.Kind] = ["shape", "colour", "position", "existence", "comparison"]
+    stream = ShapeQuestions(experiences=3, types=order, base_types=2, **knobs).stream(0)
+    assert [e.name for e in stream.experiences] == ["shape, colour", "position", "existence"]
+    base, position, existence = stream.experiences
+    assert [len(d) for d in (base.train, base.test, position.train)] == [48, 24, 24]
+    assert stream.n_classes == len(COLOURS) + len(SHAPES) + len(QUARTERS) + 2
+    assert [list(e.classes) for e in (existence, base, position)] == [[0, 1], [*range(2, 12)], [*range(12, 16)]]
+    assert sorted(base.train.y.unique().tolist()) == list(base.classes)
+    whole = ShapeQuestions(**knobs).stream(0)
+    assert torch.equal(base.train.x, torch.cat([whole.experiences[3].train.x, whole.experiences[2].train.x]))
+
+    shuffled = [
+        [
+            e.name
+            for e in ShapeQuestions(experiences=4, types=order, base_types=2, shuffle_types=True).stream(s).experiences
+        ]
+        for s in range(4)
+    ]
+    assert {names[0] for names in shuffled} == {"shape, colour"}
+    assert {frozenset(names[1:]) for names in shuffled} == {frozenset(order[2:])}
+    assert len({tuple(names) for names in shuffled}) > 1
+
+
+def test_iid_asks_only_the_named_types() -> None:
+    stream = ShapeQuestions(order="iid", experiences=2, types=["position", "shape"], train_questions=40).stream(0)
+    assert stream.n_classes == len(SHAPES) + len(QUARTERS)
+    for e in stream.experiences:
+        assert {sentence(x[-8:]).split()[1] for x in e.train.x} == {"is", "shape"}
+        assert set(e.train.y.tolist()) <= set(range(8))
+
+
 def test_iid_holds_every_question_once() -> None:
     knobs: dict[str, Any] = {"train_questions": 50, "test_questions": 20}
     mixed = ShapeQuestions(order="iid", experiences=4, base_share=0.2, **knobs).stream(5)
@@ -121,7 +154,11 @@ def test_iid_holds_every_question_once() -> None:
 @pytest.mark.parametrize(
     ("knobs", "says"),
     [
-        ({"experiences": 7}, "experiences = 7: there are 6 question types"),
+        ({"experiences": 7}, "experiences = 7: asks 7 question types of 6; give fewer"),
+        ({"experiences": 5, "base_types": 3}, "with base_types = 3: asks 7 question types of 6; give fewer"),
+        ({"experiences": 2, "types": ["shape"]}, "asks 2 question types of 1"),
+        ({"types": ["shape", "shape"]}, "a type stands twice"),
+        ({"order": "iid", "base_types": 2}, "give base_share instead"),
         ({"order": "iid", "experiences": 1}, "needs a base session"),
         ({"order": "iid", "shuffle_types": True}, "mixes the types"),
     ],

@@ -78,3 +78,44 @@ def test_upper_bounds_remember(name: str) -> None:
     assert min(trainer.record.matrix[-1]) >= 0.95
     naive, _ = steps_of("naive", epochs=5)
     assert sum(naive.record.matrix[-1]) / 3 < 0.6
+
+
+class StopError(Exception):
+    """Ends a run after its second experience."""
+
+
+def test_fresh_starts_every_experience_from_the_first_weights() -> None:
+    on = toys.stream()
+    starts: list[dict[str, Any]] = []
+
+    class Watch(Cumulative):
+        def training_set(self, experience: Any, learner: Any) -> Any:
+            starts.append(toys.weights_of(trainer))
+            return super().training_set(experience, learner)
+
+    trainer = toys.trainer([{"name": "cumulative", "fresh": True}], on)
+    trainer.strategy.links[0].__class__ = Watch  # before the chain has called it
+    trainer.run()
+    assert len(starts) == 3
+    assert not toys.differing(starts[0], starts[1])
+    assert not toys.differing(starts[0], starts[2])
+
+
+def test_a_fresh_run_that_was_stopped_goes_on_to_the_same_end() -> None:
+    settings: dict[str, Any] = {"model": {**toys.MLP, "head": "growing"}}
+    links = [{"name": "cumulative", "fresh": True}]
+    whole = toys.trainer(links, toys.stream(), **settings)
+    whole.run()
+
+    class Stop(Silent):
+        def scored(self, record: Record) -> None:
+            if len(record.matrix) == 2:
+                raise StopError
+
+    first = toys.trainer(links, toys.stream(), observer=Stop(), **settings)
+    with pytest.raises(StopError):
+        first.run()
+    second = toys.trainer(links, toys.stream(), **settings)
+    second.load_state_dict(first.state_dict())
+    assert second.run().matrix == whole.record.matrix
+    assert not toys.differing(toys.weights_of(whole), toys.weights_of(second))
