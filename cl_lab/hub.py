@@ -679,9 +679,8 @@ def _need_gguf(what: str) -> None:
 
 def _transformers() -> Any:
     import_torchvision()
-    import transformers
-
-    return transformers
+    # By name: pylint reads the whole of an imported Transformers to see what is assigned below, which takes minutes.
+    return importlib.import_module("transformers")
 
 
 @contextmanager
