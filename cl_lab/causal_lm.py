@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from cl_lab.errors import ConfigError, nearest
 from cl_lab.hub import load_causal_lm, tiny_causal_lm
 from cl_lab.knobs import knob
-from cl_lab.models import Backbone, Classifier, Head, Stage
+from cl_lab.models import Backbone, Classifier, Head, Stage, matching
 from cl_lab.protocols import ModelSpec
-from cl_lab.records import Stream
+from cl_lab.records import FlatLatent, Stream
 
 _TINY = "tiny"
 
@@ -35,19 +35,19 @@ class CausalBackbone(Backbone):
     Behind a prompt there may be m answers of A columns each, ``[B, P + m·A]``, none of which sees another: that gives
     ``[B, m·A', width]`` for little more than the price of one.
 
-    Behind a stage its latents are flat, ``[B, L·D + L]`` float32: the hidden state of each of the L = P + A places (zero
-    where there is no token), then the mask, in ones and zeros.
+    Behind a stage its latents are flat, ``[B, L·D + L]`` float32: the hidden state of each of the L places (zero where there
+    is no token), then the mask, in ones and zeros.
     """
 
-    def __init__(self, decoder: nn.Module, prompt: int, answer: int) -> None:
+    def __init__(self, decoder: Any, prompt: int, answer: int) -> None:
         super().__init__()
-        config: Any = decoder.config
-        self.model = decoder
-        self.width = int(config.hidden_size)
+        self.model: nn.Module = decoder
+        self.width = int(decoder.config.hidden_size)
         self._prompt, self._answer = prompt, answer
         parts = ("embed_tokens", "layers", "norm", "rotary_emb")  # of Llama, Qwen, Mistral and their relatives
-        self._layers = len(decoder.layers) if all(hasattr(decoder, p) for p in parts) else None  # type: ignore[arg-type]
-        self.latent_rows = {name: (prompt + answer, self.width) for name, _ in self.stages()[:-1]}
+        self._layers = len(decoder.layers) if all(hasattr(decoder, p) for p in parts) else None
+        self._stages = 1 if self._layers is None else self._layers + 2
+        self.flat_latents = {name: FlatLatent(self.width, marks=1) for name, _ in self.stages()[:-1]}
 
     def stages(self) -> list[Stage]:
         """``model.embed_tokens``, each ``model.layers.…`` and ``model.norm``; of other families only ``model``, whole."""
@@ -63,19 +63,18 @@ class CausalBackbone(Backbone):
 
     def run(self, x: Tensor, first: int, last: int | None) -> Tensor:
         """Stages ``first`` … ``last − 1``: tokens or flat latents in, flat latents or (where it is through) features out."""
-        count = len(self.stages())
         h, mask = (x, x >= 0) if first == 0 else self._unpacked(x)
-        if last is None or last == count:
-            return self._said(h, mask, first, count)
+        if last is None or last == self._stages:
+            return self._said(h, mask, first)
         h = self._some(h, mask, self._prompt, self._answer, first, last).float() * mask[:, :, None]
         return torch.cat([h.flatten(1), mask.to(h.dtype)], 1)
 
     def _unpacked(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        places = x.shape[1] // (self.width + 1)
+        places = FlatLatent(self.width, marks=1).rows(x.shape[1])
         h, mask = x.split([places * self.width, places], 1)
         return h.unflatten(1, (places, self.width)).to(next(self.parameters()).dtype), mask > 0.5
 
-    def _said(self, h: Tensor, mask: Tensor, first: int, count: int) -> Tensor:
+    def _said(self, h: Tensor, mask: Tensor, first: int) -> Tensor:
         """The last stages, on the columns that matter: prompts from the first token on, answers but for their last."""
         (prompt, answers), (read, given) = (v.tensor_split((self._prompt,), 1) for v in (h, mask))
         answers, given = (v.unflatten(1, (-1, self._answer)) for v in (answers, given))
@@ -85,14 +84,14 @@ class CausalBackbone(Backbone):
             torch.cat([v[:, start:], w[:, :, :behind].flatten(1, 2)], 1) for v, w in ((prompt, answers), (read, given))
         )
         p = self._prompt - start
-        h = self._whole(h, mask, p, behind) if self._layers is None else self._some(h, mask, p, behind, first, count)
+        h = self._whole(h, mask, p, behind) if self._layers is None else self._some(h, mask, p, behind, first, None)
         begun = h[:, None, p - 1 : p].expand(-1, m, -1, -1)
         return torch.cat([begun, h[:, p:].unflatten(1, (m, behind))], 2).flatten(1, 2)
 
-    def _some(self, h: Tensor, mask: Tensor, prompt: int, answer: int, first: int, last: int) -> Tensor:
+    def _some(self, h: Tensor, mask: Tensor, prompt: int, answer: int, first: int, last: int | None) -> Tensor:
         """Some stages, of rows with answers of ``answer`` columns each from column ``prompt`` on."""
         decoder: Any = self.model
-        assert self._layers is not None
+        last = self._stages if last is None else last
         if first == 0:
             h = decoder.embed_tokens(h.clamp(min=0).long())
         layers = decoder.layers[max(first - 1, 0) : max(last - 1, 0)]
@@ -106,7 +105,7 @@ class CausalBackbone(Backbone):
             turned = decoder.rotary_emb(h, position_ids=places)
             for layer in layers:
                 h = layer(h, attention_mask=seen, position_ids=places, position_embeddings=turned)
-        return decoder.norm(h) if last == self._layers + 2 else h
+        return decoder.norm(h) if last == self._stages else h
 
     def _whole(self, tokens: Tensor, mask: Tensor, prompt: int, answer: int) -> Tensor:
         """The whole decoder, one answer after another: what a family does with a mask of our own is not known."""
@@ -246,25 +245,18 @@ def linear_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
     Raises :class:`ConfigError` for a pattern that names none.
     """
-    from fnmatch import fnmatchcase
-
     paths = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not _head_of(model)]
     found: dict[str, None] = {}
     for pattern in patterns:
-        wanted = pattern.split(".")
-        matching = [
-            path
-            for path in paths
-            if len(wanted) in (1, len(parts := path.split(".")))
-            and all(fnmatchcase(p, w) for p, w in zip(parts[-len(wanted) :], wanted, strict=True))
-        ]
-        if not matching:
+        by_last = [path for path in paths if matching(pattern, [path.rpartition(".")[2]])]
+        named = by_last or matching(pattern, paths)
+        if not named:
             there = sorted({path.rpartition(".")[2] for path in paths})
             raise ConfigError(
                 f"model.lora_targets: '{pattern}' matches no linear layer{nearest(pattern, there)}; there are "
                 f"{', '.join(there)}"
             )
-        found |= dict.fromkeys(matching)
+        found |= dict.fromkeys(named)
     return list(found)
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a crash at any moment, sees the old file or the new one, never half of it."""
+"""The user's cache, and writing files so that a reader, or a crash at any moment, sees the old one or the new one whole."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import re
 from pathlib import Path
 
 _ASIDE = ".old-"
+
+
+def cache_root() -> Path:
+    """The user's cache: ``$CL_LAB_CACHE``, else ``~/.cache/cl-lab``. Nothing is created."""
+    return Path(os.environ.get("CL_LAB_CACHE") or "~/.cache/cl-lab").expanduser()
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -25,11 +24,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cl_lab.compat import import_torchvision
 from cl_lab.errors import ConfigError, DataError, UserError, nearest
-from cl_lab.files import write_atomically
+from cl_lab.files import cache_root, write_atomically
 
 if TYPE_CHECKING:
     from torch import nn
@@ -255,7 +254,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _cached(name: str) -> Path:
-    return Path(os.environ.get("CL_LAB_CACHE") or "~/.cache/cl-lab").expanduser() / "models" / name
+    return cache_root() / "models" / name
 
 
 def _version(package: str) -> str | None:
@@ -588,7 +587,7 @@ def _end_of(tokenizer: Any) -> int:
 def _gguf_tokenizer(file: Path) -> Any:
     _need_gguf(f"tokenizer '{file}'")
     tokenizer = _transformers().AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    if _gguf_facts(file).get("tokenizer.ggml.pre") == "smollm":
+    if _gguf_facts(file, "tokenizer.ggml.pre") == ["smollm"]:
         # Transformers does not know this one and leaves digits with the blanks before them, so that the two line ends of
         # "\n\n1." become two tokens where the model has learnt one. llama.cpp splits at every digit first.
         from tokenizers import pre_tokenizers
@@ -603,7 +602,7 @@ def _gguf_tokenizer(file: Path) -> Any:
 
 def _check_architecture(name: str, file: Path) -> None:
     """Raises :class:`DataError` for a file that is no GGUF or of an architecture that Transformers cannot build."""
-    architecture = _gguf_facts(file).get("general.architecture")
+    (architecture,) = _gguf_facts(file, "general.architecture")
     if not isinstance(architecture, str):
         raise DataError(f"model '{name}': the GGUF file does not say its architecture; get it again")
     from_transformers = _transformers().integrations
@@ -622,51 +621,16 @@ def _bare(architecture: str) -> str:
     return re.sub(r"[^a-z0-9]", "", architecture.lower())
 
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
+def _gguf_facts(file: Path, *names: str) -> list[Any]:
+    """What a GGUF file says of ``names``, ``None`` where it says nothing. :class:`DataError` where it cannot be read."""
+    _need_gguf(f"model '{file}'")
+    from gguf import GGUFReader
 
-
-def _gguf_facts(file: Path) -> dict[str, Any]:
-    """The strings and numbers a GGUF file begins with, by name; arrays (vocabularies) are passed over.
-
-    Layout: ``GGUF``, version, number of tensors, number of facts; a fact is name, type, value; a string is its length and
-    its bytes; all little-endian. Raises :class:`DataError` for anything else.
-    """
-    facts: dict[str, Any] = {}
     try:
-        with file.open("rb") as stream:
-            if stream.read(4) != b"GGUF":
-                raise ValueError("it does not begin with GGUF")
-            version, _, count = _unpack(stream, "<I"), _unpack(stream, "<Q"), _unpack(stream, "<Q")
-            if version not in (2, 3):
-                raise ValueError(f"version {version}")
-            for _ in range(count):
-                name = _text(stream)
-                kind = _unpack(stream, "<I")
-                if kind == _ARRAY:
-                    inner, length = _unpack(stream, "<I"), _unpack(stream, "<Q")
-                    if inner in _SCALARS:
-                        stream.seek(length * struct.calcsize(_SCALARS[inner]), os.SEEK_CUR)
-                    else:
-                        for _ in range(length):
-                            stream.seek(_unpack(stream, "<Q"), os.SEEK_CUR)
-                else:
-                    facts[name] = _text(stream) if kind == _STRING else _unpack(stream, _SCALARS[kind])
-    except (OSError, ValueError, KeyError, OverflowError, MemoryError, struct.error) as error:
+        fields = GGUFReader(file).fields
+        return [fields[name].contents() if name in fields else None for name in names]
+    except Exception as error:  # the reader trusts the file: damage shows as whatever it runs into
         raise DataError(f"'{file}': no GGUF file that can be read ({_short(error)}); get it again") from error
-    return facts
-
-
-def _unpack(stream: BinaryIO, layout: str) -> Any:
-    return struct.unpack(layout, stream.read(struct.calcsize(layout)))[0]
-
-
-def _text(stream: BinaryIO) -> str:
-    length = _unpack(stream, "<Q")
-    data = stream.read(length)
-    if len(data) < length:
-        raise ValueError("it ends within a word")
-    return data.decode("utf-8", "replace")
 
 
 def _need_gguf(what: str) -> None:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cl_lab.files import cache_root
 from cl_lab.models import Classifier
 from cl_lab.records import Experience, Stream, TensorData
 
@@ -42,7 +43,7 @@ def put_through(stream: Stream, model: Classifier, stage: str, *, keep: bool, de
                 p.data = p.data.contiguous(memory_format=torch.channels_last)
     lower = frozen.split(stage)
     model.remove_below(stage)
-    cache = LatentCache(cache_folder(), _what_decides(frozen, lower, stream)) if keep else None
+    cache = LatentCache(cache_root() / "latents", _what_decides(frozen, lower, stream)) if keep else None
     normal = None
     if stream.mean is not None and stream.std is not None:
         trailing = (1,) * (len(stream.input_shape) - 1)
@@ -91,11 +92,6 @@ def _what_decides(frozen: Classifier, lower: Sequence[str], stream: Stream) -> I
         owner = name.rpartition(".")[0]
         if owner in lower or owner == "backbone":  # the backbone's own: constants of its input
             yield name.encode() + value.detach().cpu().contiguous().numpy().tobytes()
-
-
-def cache_folder() -> Path:
-    """``$CL_LAB_CACHE/latents``, else ``~/.cache/cl-lab/latents``. Nothing is created."""
-    return Path(os.environ.get("CL_LAB_CACHE") or "~/.cache/cl-lab").expanduser() / "latents"
 
 
 class LatentCache:

@@ -9,7 +9,6 @@ State leaves and enters as full tensors by parameter name, so a checkpoint fits 
 from __future__ import annotations
 
 import copy
-import fnmatch
 import math
 import os
 import warnings
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from cl_lab.answers import BROKEN, find_answers
 from cl_lab.config import EngineConfig, TrainingConfig
 from cl_lab.errors import ConfigError, DataError, TrainingError
-from cl_lab.models import Classifier, GrowingHead
+from cl_lab.models import Classifier, GrowingHead, matching
 from cl_lab.records import PAD, Batch, State, Stream, TensorData
 from cl_lab.seeding import generator
 
@@ -101,22 +100,6 @@ def warm_up(device: torch.device) -> None:
         torch.ones(8, 8, device=device) @ weight, torch.zeros(8, dtype=torch.int64, device=device)
     ).backward()
     optimizer.step()
-
-
-def matching_modules(model: nn.Module, pattern: str) -> list[str]:
-    """Paths of the modules or parameters that ``pattern`` names, by structure.
-
-    A pattern is a dotted path whose segments may hold wildcards: ``backbone.layers.0``, ``backbone.layers.[0-3]``,
-    ``*.norm``. Segments are matched one to one, so ``layers.1`` never matches ``layers.10``.
-    """
-    wanted = pattern.split(".")
-    paths = [n for n, _ in model.named_modules() if n] + [n for n, _ in model.named_parameters()]
-    return [
-        path
-        for path in paths
-        if len(parts := path.split(".")) == len(wanted)
-        and all(fnmatch.fnmatchcase(p, w) for p, w in zip(parts, wanted, strict=True))
-    ]
 
 
 class EngineLearner:
@@ -316,8 +299,9 @@ class EngineLearner:
 
     def freeze(self, patterns: Sequence[str]) -> list[str]:
         matched: set[str] = set()
+        there = [n for n, _ in (*self._plain.named_modules(), *self._plain.named_parameters()) if n]
         for pattern in patterns:
-            paths = matching_modules(self._plain, pattern)
+            paths = matching(pattern, there)
             if not paths:
                 tree = ", ".join(n for n, _ in self._plain.named_modules() if n)
                 raise ConfigError(f"freeze: pattern '{pattern}' matches no module or parameter; the model has: {tree}")

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Literal
 
@@ -33,7 +34,7 @@ from torch.nn.functional import relu
 from cl_lab.errors import ConfigError, nearest
 from cl_lab.knobs import knob
 from cl_lab.protocols import ModelSpec
-from cl_lab.records import Stream
+from cl_lab.records import FlatLatent, Stream
 
 HeadKind = Literal["auto", "single", "growing", "multi"]
 Activation = Literal["relu", "tanh"]
@@ -125,8 +126,8 @@ class Backbone(nn.Module):
 
     width: int
 
-    latent_rows: Mapping[str, tuple[int, int]] = MappingProxyType({})
-    """Stages with flat latents ``[B, R·D + L]``: R vectors of size D, then L whole numbers below 256 that go with them."""
+    flat_latents: Mapping[str, FlatLatent] = MappingProxyType({})
+    """The stages behind which latents are flat rows, and how these are laid out."""
 
     def stages(self) -> list[Stage]:
         """The steps in order; their composition is :meth:`forward`."""
@@ -213,6 +214,21 @@ class Classifier(nn.Module):
     def observe(self, classes: Iterable[int]) -> None:
         """These classes are about to be learnt; call it before their training. Matters to a growing head only."""
         self.head.observe(classes)
+
+
+def matching(pattern: str, paths: Iterable[str]) -> list[str]:
+    """Those of ``paths`` that ``pattern`` names, by structure.
+
+    A pattern is a dotted path whose segments may hold wildcards: ``backbone.layers.0``, ``backbone.layers.[0-3]``,
+    ``*.norm``. Segments are matched one to one, so ``layers.1`` never matches ``layers.10``.
+    """
+    wanted = pattern.split(".")
+    return [
+        path
+        for path in paths
+        if len(parts := path.split(".")) == len(wanted)
+        and all(fnmatchcase(p, w) for p, w in zip(parts, wanted, strict=True))
+    ]
 
 
 def _under(path: str, stages: Sequence[str]) -> bool:

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +93,21 @@ class TensorData:
             sha.update(f"{tuple(v.shape)}{v.dtype}".encode())
             sha.update(v.contiguous().numpy().data.cast("B"))
         return sha.hexdigest()
+
+
+class FlatLatent(NamedTuple):
+    """Latents in flat rows ``[B, R·size + R·marks + beside]``: any number R of vectors, then whole numbers below 256.
+
+    Of those numbers ``marks`` go with each vector (whether there is a token) and ``beside`` with all of them (a question).
+    """
+
+    size: int
+    marks: int = 0
+    beside: int = 0
+
+    def rows(self, length: int) -> int:
+        """R in a flat row of ``length`` numbers."""
+        return (length - self.beside) // (self.size + self.marks)
 
 
 @dataclass(slots=True)
@@ -285,11 +300,10 @@ class Stream:
 
         ``None`` for a regression and for answers that are written freely, where guessing has no score of its own.
         """
-        if self.objective == "regression" or (self.objective == "language" and self.scoring == "generation"):
+        language = self.objective == "language"
+        if self.objective == "regression" or (language and self.scoring == "generation"):
             return None
-        if self.objective == "language":  # the task's answers are known: the likeliest of these is taken
-            return sum(1 / len(e.classes) for e in self.experiences) / len(self.experiences)
-        if not self.task_labels:
+        if not (self.task_labels or language):  # of texts the likeliest of the task's answers is taken
             return 1 / self.n_classes
         return sum(1 / len(e.classes) for e in self.experiences) / len(self.experiences)
 

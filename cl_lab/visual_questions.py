@@ -13,7 +13,7 @@ from cl_lab.errors import ConfigError
 from cl_lab.knobs import knob
 from cl_lab.models import HEAD_DOC, Backbone, Classifier, HeadKind, Stage, classifier
 from cl_lab.protocols import ModelSpec
-from cl_lab.records import Stream
+from cl_lab.records import FlatLatent, Stream
 
 _VOCABULARY = 256  # words are bytes
 
@@ -40,7 +40,7 @@ class VisualQuestionBackbone(Backbone):
             )
             depth, height, width = size, (height + 1) // 2, (width + 1) // 2
         self._rows = (height * width, depth)
-        self.latent_rows = {"regions": self._rows}
+        self.flat_latents = {"regions": FlatLatent(depth, beside=length)}
         place = nn.Embedding(height * width, hidden)
         nn.init.normal_(place.weight, std=0.1)  # beside the regions, not above them
         asked = nn.Linear(hidden, hidden)
@@ -77,7 +77,7 @@ class VisualQuestionBackbone(Backbone):
         part = self.answer
         question = torch.tanh(part["question"](part["words"](words.round().long()).flatten(1)))
         seen = part["region"](regions.unflatten(1, (rows, depth))) + part["place"].weight
-        # A product, as in the source's joint embedding: with a sum of the two, "a red circle" was not learnt in 30 epochs.
+        # A product, as in the source's joint embedding: which part of a region matters depends on the question.
         mixed = relu(part["mix"](relu(seen * part["asked"](question)[:, None])))
         found = (torch.sigmoid(part["gate"](mixed)) * mixed).sum(1)
         features: Tensor = relu(part["out"](torch.cat([found, question], 1)))

@@ -13,14 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cl_lab.files import cache_root
+
 MAPPED_BYTES = 1 << 30
 """Arrays of more than this many bytes are kept on disk and memory-mapped."""
-
-
-def cache_root() -> Path:
-    """``$CL_LAB_CACHE``, else ``~/.cache/cl-lab``. Nothing is created."""
-    named = os.environ.get("CL_LAB_CACHE")
-    return Path(named).expanduser() if named else Path("~/.cache/cl-lab").expanduser()
 
 
 def data_root() -> Path:

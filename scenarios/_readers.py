@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cl_lab.errors import DataError
+from cl_lab.files import cache_root
 
-from ._cache import Create, arrays, cache_root, key_of
+from ._cache import Create, arrays, key_of
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from cl_lab.compat import import_torchvision
 from cl_lab.errors import DataError, nearest
+from cl_lab.files import cache_root
 from cl_lab.seeding import generator
 
 from . import _readers as readers
-from ._cache import cache_root, data_root
+from ._cache import data_root
 from ._readers import Entry
 
 SYSTEM_ROOT = Path("/usr/share/datasets")

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cl_lab import seeding
 from cl_lab.errors import ConfigError, DataError, nearest
+from cl_lab.files import cache_root
 from cl_lab.knobs import knob
 from cl_lab.protocols import Scenario
 from cl_lab.records import Experience, Stream, TensorData
@@ -156,7 +157,7 @@ class AnyAvalanche(Scenario):
         if len(evaluated) * first.x.numel() * first.x.element_size() <= _cache.MAPPED_BYTES:
             made = self._fill(evaluated, first, np.zeros)
         else:
-            folder = _cache.cache_root() / "avalanche" / self._key(evaluated, part, seed)
+            folder = cache_root() / "avalanche" / self._key(evaluated, part, seed)
             kept = _cache.arrays(
                 folder,
                 ("x", "y", "t"),

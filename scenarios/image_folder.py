@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cl_lab.errors import ConfigError, DataError, nearest
+from cl_lab.files import cache_root
 from cl_lab.knobs import knob
 
 from . import _cache, _orders, _sources
@@ -305,7 +306,7 @@ def _decoded(root: Path, pictures: Sequence[Picture], size: int, fit: str, grey:
         for row, p in enumerate(pictures):
             x[row] = read_picture(root / p.path, size, fit, grey)
 
-    folder = _cache.cache_root() / "decoded" / f"image-folder-{_cache.key_of(lines)}"
+    folder = cache_root() / "decoded" / f"image-folder-{_cache.key_of(lines)}"
     return torch.from_numpy(_cache.arrays(folder, ("x",), fill)["x"])
 
 
@@ -340,7 +341,7 @@ def read_picture(path: Path, size: int, fit: str, grey: bool) -> npt.NDArray[np.
 
 def example() -> Path:
     """Scikit-learn's digits as a folder of small pictures, ``<digit>/<number>.png``, made in the cache at first use."""
-    folder = _cache.cache_root() / "examples" / "digits"
+    folder = cache_root() / "examples" / "digits"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".digits-", dir=folder.parent))

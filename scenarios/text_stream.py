@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cl_lab.errors import ConfigError, DataError, nearest
+from cl_lab.files import cache_root
 from cl_lab.knobs import knob
 from cl_lab.protocols import Scenario
 from cl_lab.records import PAD, Experience, Scoring, Stream, TensorData
@@ -213,7 +214,7 @@ class TextStream(Scenario):
             for name, array in _tokenised(task, texts, template, tokenizer, self.chat, limits).items():
                 create(name, array.shape, array.dtype)[...] = array
 
-        return _cache.arrays(_cache.cache_root() / "tokens" / f"text-stream-{key}", _ARRAYS, fill)
+        return _cache.arrays(cache_root() / "tokens" / f"text-stream-{key}", _ARRAYS, fill)
 
     def _chosen(self, one: _TokenSet, seed: int) -> dict[str, _Rows]:
         """What is trained on and what is tested on; with a hold-out, both are training rows."""

@@ -43,12 +43,13 @@ class Teacher:
     @torch.no_grad()
     def take_buffers(self, learner: Learner) -> None:
         """Take over the model's buffers (running statistics), not its weights."""
-        buffers = dict(self._ready(learner).named_buffers())
-        if buffers:
+        own = self._ready(learner)
+        saved = own.state_dict()
+        buffers = {name: buffer for name, buffer in own.named_buffers() if name in saved}
+        if buffers:  # gathering the weights is not free
             weights = learner.weights()
             for name, buffer in buffers.items():
-                if name in weights:  # those that are saved
-                    buffer.copy_(weights[name])
+                buffer.copy_(weights[name])
 
     @torch.no_grad()
     def outputs(self, batch: Batch, learner: Learner) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cl_lab.errors import ConfigError
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner, Strategy
-from cl_lab.records import Batch, Experience, Objective, State, Stream, TensorData
+from cl_lab.records import Batch, Experience, FlatLatent, Objective, State, Stream, TensorData
 
 from ._code_memory import CodeMemory
 from ._latents import beta, channels_first, channels_last, random_resized_crop
@@ -86,13 +86,10 @@ class Remind(Strategy):
     _counts: Tensor = field(init=False, repr=False)  # samples met, by class
     _errors: list[float] = field(default_factory=list, init=False, repr=False)  # held-out base first, then fresh data
     _shape: list[int] = field(default_factory=list, init=False, repr=False)  # of one sample's latent, channels last
-    _rows: tuple[int, int] | None = field(default=None, init=False, repr=False)  # vectors of a flat latent, their size
+    _flat: FlatLatent | None = field(default=None, init=False, repr=False)  # how flat rows of latents are laid out
     _lower: list[str] = field(default_factory=list, init=False, repr=False)  # modules of G
-    _beside: int = field(default=0, init=False, repr=False)  # numbers that go with the vectors
     _frozen: bool = field(default=False, init=False, repr=False)
-    _live: bool = field(
-        default=False, init=False, repr=False
-    )  # what is asked of test samples depends on the answers so far
+    _live: bool = field(default=False, init=False, repr=False)  # test samples are asked anew with each answer so far
     _encoder: nn.Module | None = field(default=None, init=False, repr=False)  # not state: a copy of the model
 
     def __post_init__(self) -> None:
@@ -121,7 +118,7 @@ class Remind(Strategy):
         self._counts = torch.zeros(stream.n_classes, dtype=torch.int64)
         stage = self._stage(model)
         self._lower = split(stage)
-        self._rows = getattr(model.backbone, "latent_rows", {}).get(stage)
+        self._flat = getattr(model.backbone, "flat_latents", {}).get(stage)
         self._live = stream.objective == "language" and stream.scoring != "first-token"
         return model
 
@@ -164,9 +161,8 @@ class Remind(Strategy):
         self._frozen = True
         data = experience.train
         order = torch.randperm(len(data), generator=learner.rng)
-        probe, beside = self._vectors(self._latents(data.take(order[:1]), learner))
+        probe, _ = self._vectors(self._latents(data.take(order[:1]), learner))
         self._shape = list(probe.shape[1:])
-        self._beside = 0 if beside is None else beside.shape[1]
         if self.codebooks is not None:
             places = math.prod(self._shape[:-1])
             held = order[: max(1, len(data) // 10)] if len(data) > 1 else order
@@ -196,7 +192,7 @@ class Remind(Strategy):
     def encode(self, data: TensorData, learner: Learner) -> TensorData:
         """The codes of ``data``, ``[N, …, M]``; each rank runs its own rows through G.
 
-        Where something goes with the latents (:attr:`_rows`), a row is flat: its codes, then that.
+        Where something goes with the latents (:attr:`_flat`), a row is flat: its codes, then that.
         """
         if not data.raw:
             return data
@@ -208,11 +204,16 @@ class Remind(Strategy):
                 codes = torch.zeros(len(data), *found.shape[1:], dtype=found.dtype)
             codes[rows] = found.cpu()
         if codes is None:  # fewer samples than ranks
-            width = self._shape[-1] if self.codebooks is None else self.codebooks
             kind = torch.float32 if self._quantizer is None else self._quantizer.dtype
-            shape = [math.prod(self._shape[:-1]) * width + self._beside] if self._rows else [*self._shape[:-1], width]
-            codes = torch.zeros(len(data), *shape, dtype=kind)
+            codes = torch.zeros(len(data), *self._code_shape(), dtype=kind)
         return TensorData(learner.reduce(codes.to(learner.device)).cpu(), data.y, data.t, raw=False)
+
+    def _code_shape(self) -> list[int]:
+        width = self.codebooks or self._shape[-1]
+        if self._flat is None:
+            return [*self._shape[:-1], width]
+        rows = math.prod(self._shape[:-1])
+        return [rows * (width + self._flat.marks) + self._flat.beside]
 
     def _codes(self, data: TensorData, learner: Learner) -> Tensor:
         h, beside = self._vectors(self._latents(data, learner))
@@ -232,17 +233,17 @@ class Remind(Strategy):
     def _vectors(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """Latents as rows of vectors ``[B, …, D]``, and what goes with them ``[B, L]``: whole numbers below 256.
 
-        A model whose latents hold more than vectors (a question beside the regions of a picture) makes them flat, vectors
-        first, and says with ``backbone.latent_rows`` how many vectors of which size these are.
+        A model whose latents hold more than vectors (a question beside the regions of a picture, a mark with each token)
+        makes them flat, vectors first, and says with ``backbone.flat_latents`` how.
         """
-        return self._parted(channels_last(h), self._rows[1] if self._rows else 0)
+        return self._parted(channels_last(h), self._flat.size if self._flat else 0)
 
     def _parted(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
         """Flat rows ``[B, R·width + L]`` as ``[B, R, width]`` and the rest; rows of any other shape as they are."""
-        if self._rows is None:
+        if self._flat is None:
             return rows, None
-        size = self._rows[0] * width
-        return rows[:, :size].unflatten(1, (self._rows[0], width)), rows[:, size:]
+        count = self._flat._replace(size=width).rows(rows.shape[1])
+        return rows[:, : count * width].unflatten(1, (count, width)), rows[:, count * width :]
 
     def _decode(self, codes: Tensor) -> Tensor:
         """Latents ``[B, C, …]`` of codes ``[B, …, M]``; flat ones of flat rows."""
@@ -289,7 +290,7 @@ class Remind(Strategy):
             raise ConfigError("strategy chain: remind must stand first among rehearsal strategies; reorder the chain")
         streaming = len(self._memory) > 0
         h, y, t = self._decode(batch.x), batch.y, batch.t
-        mixing = self.mixup > 0 and streaming and not learner.stream.task_labels and self._rows is None
+        mixing = self.mixup > 0 and streaming and not learner.stream.task_labels and self._flat is None
         drawn = self._memory.draw(self.replay * (1 + mixing), learner.rng) if streaming and self.replay else None
         if drawn is not None:
             old = self._decode(drawn["x"])
@@ -362,20 +363,17 @@ class Remind(Strategy):
             "counts": self._counts,
             "errors": list(self._errors),
             "shape": list(self._shape),
-            "beside": self._beside,
             "frozen": self._frozen,
         }
 
     def load_state_dict(self, state: State) -> None:
-        quantizer, memory, counts, errors, shape, beside, frozen = (
-            state[k] for k in ("quantizer", "memory", "counts", "errors", "shape", "beside", "frozen")
+        quantizer, memory, counts, errors, shape, frozen = (
+            state[k] for k in ("quantizer", "memory", "counts", "errors", "shape", "frozen")
         )
         assert isinstance(memory, dict)
         assert isinstance(counts, Tensor)
         assert isinstance(errors, list)
         assert isinstance(shape, list)
-        assert isinstance(beside, int)
-        self._beside = beside
         self._errors, self._shape, self._frozen = [float(e) for e in errors], [int(s) for s in shape], bool(frozen)
         self._quantizer = None
         if isinstance(quantizer, dict):

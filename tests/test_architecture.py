@@ -44,6 +44,7 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 LEAVES = {
     "cl_lab.compat",
     "cl_lab.errors",
+    "cl_lab.files",
     "cl_lab.hub",
     "cl_lab.knobs",
     "cl_lab.protocols",

@@ -109,7 +109,10 @@ def test_only_answers_of_the_task_are_taken(scoring: Scoring) -> None:
 @pytest.mark.parametrize("scoring", ["generation", "constrained", "first-token"])
 def test_outputs_that_are_not_finite_are_no_answer(scoring: Scoring) -> None:
     on = toys.stream(form="texts", scoring=scoring)
-    broken = lambda batch: saying([10, 9, 1])(batch) * float("nan")  # noqa: E731
+
+    def broken(batch: Batch) -> Tensor:
+        return saying([10, 9, 1])(batch) * float("nan")
+
     assert find_answers(asked(on), broken, on).tolist() == [BROKEN] * 4
 
 

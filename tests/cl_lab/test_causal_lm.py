@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import toys
+from torch import Tensor
 
 from cl_lab import hub, registry
 from cl_lab.causal_lm import CausalBackbone, VocabularyHead, linear_modules
 from cl_lab.errors import ConfigError
 from cl_lab.latents import put_through
 from cl_lab.models import Classifier
-from cl_lab.records import PAD, Stream
+from cl_lab.records import PAD, Batch, Stream
 
 TINY = {"name": "causal-lm", "weights": "tiny"}
 TRAINING = {"lr": 0.01, "optimizer": "adam", "epochs": 8}
@@ -87,7 +88,7 @@ def test_cut_in_two_it_is_the_same_function(stream: Stream, stage: str) -> None:
     whole = model(data.x[:8], data.t[:8])
     lower = model.split(stage)
     latents = model.latents(data.x[:8])
-    rows, depth = model.backbone.latent_rows[stage]
+    rows, depth = toys.PROMPT + toys.ANSWER, model.backbone.flat_latents[stage].size
     assert latents.shape == (8, rows * depth + rows)
     assert torch.equal(latents[:, rows * depth :], (data.x[:8] != PAD).float())
     assert torch.allclose(model(latents, data.t[:8], latent=True), whole, atol=1e-5)
@@ -119,9 +120,9 @@ def test_learns_and_checkpoints_hold_what_it_learnt(stream: Stream, adapt: str, 
     moved = set(toys.differing(before, after))
     assert moved
     assert adapt == "full" or all("lora_" in n for n in moved), "what is not adapted stands still"
-    state = trainer.state_dict()
-    held = state["learner"]["weights"]  # type: ignore[index,call-overload]
-    assert all("lora_" in n for n in held) == (adapt == "lora"), "given weights are not saved again"  # type: ignore[union-attr]
+    state: Any = trainer.state_dict()
+    held = state["learner"]["weights"]
+    assert all("lora_" in n for n in held) == (adapt == "lora"), "given weights are not saved again"
     fresh = toys.trainer([{"name": "joint"}], on, model=model, training=TRAINING)
     fresh.load_state_dict(state)
     assert not toys.differing(after, toys.weights_of(fresh))
@@ -153,6 +154,27 @@ def test_remind_keeps_hidden_states(scoring: str, codebooks: int | None) -> None
     assert sum(record.matrix[-1]) / 3 > 0.6, record.matrix
     naive = toys.trainer([{"name": "naive"}], on, model=TINY | {"adapt": "full"}, training=TRAINING).run()
     assert sum(record.matrix[-1]) > sum(naive.matrix[-1])
+
+
+@pytest.mark.parametrize("codebooks", [8, None])
+def test_several_answers_behind_a_prompt_pass_remind_as_one_does(codebooks: int | None) -> None:
+    on = toys.stream(form="texts", scoring="constrained")
+    knobs = {"name": "remind", "split": "model.layers.0", "base": "pretrained", "codebooks": codebooks}
+    trainer = toys.trainer([knobs | {"codebook_size": 64}], on, model=TINY, training=TRAINING)
+    trainer.run()
+    (link,), learner, data = trainer.strategy.links, trainer.learner, on.experiences[0].test
+    assert on.answers is not None
+    prompts, every = data.x[:5, : toys.PROMPT], on.answers.to(torch.int32)
+
+    def said(answers: Tensor) -> Tensor:
+        x = torch.cat([prompts, answers.flatten().expand(5, -1)], 1)
+        return link.predict(Batch(x, data.y[:5], data.t[:5], 0), learner).unflatten(1, (len(answers), -1))
+
+    with torch.no_grad():
+        together = said(every)
+        for k, answer in enumerate(every):
+            alone = said(answer[None])[:, 0]
+            assert torch.allclose(together[:, k, : alone.shape[1]], alone, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,10 @@ def install(folder: Path, name: str, *, top_level: str | None = None, files: str
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     (info / "RECORD").write_text(files)
+    for line in files.splitlines():  # the backport importlib_metadata, once imported, looks for them
+        listed = folder / line.partition(",")[0]
+        listed.parent.mkdir(parents=True, exist_ok=True)
+        listed.touch()
     if top_level is not None:
         (info / "top_level.txt").write_text(top_level)
     if entry_points:

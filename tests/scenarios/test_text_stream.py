@@ -11,7 +11,7 @@ import types
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -389,7 +389,7 @@ def test_few_rows_are_divided_by_label(tmp_path: Path) -> None:
 
 def test_a_set_of_the_hub(tmp_path: Path, tokenizer: Words, monkeypatch: pytest.MonkeyPatch) -> None:
     class Split(list[dict[str, Any]]):
-        features = {"text": None, "label": types.SimpleNamespace(names=["neg", "pos"])}  # noqa: RUF012
+        features: ClassVar[dict[str, Any]] = {"text": None, "label": types.SimpleNamespace(names=["neg", "pos"])}
 
     def load(identifier: str, configuration: str | None) -> dict[str, Split]:
         if identifier != "some/films":
@@ -399,7 +399,8 @@ def test_a_set_of_the_hub(tmp_path: Path, tokenizer: Words, monkeypatch: pytest.
             return {"train": rows, "test": Split([{"text": "film", "label": -1}])}
         return {"train": rows} if configuration else {"train": rows, "validation": Split(rows[:4])}
 
-    monkeypatch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]  # as if it were not installed
+    modules: dict[str, Any] = sys.modules
+    monkeypatch.setitem(modules, "datasets", None)  # as if it were not installed
     with pytest.raises(ConfigError, match=r"^tasks: 'hub:some/films' needs the package datasets; pip install"):
         made(["hub:some/films"])
     module: Any = types.ModuleType("datasets")

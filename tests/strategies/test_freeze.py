@@ -11,7 +11,7 @@ import toys
 from torch import Tensor, nn
 
 from cl_lab.errors import ConfigError
-from cl_lab.learner import matching_modules
+from cl_lab.models import matching
 from cl_lab.records import Stream
 from cl_lab.trainer import Record, Silent, Trainer
 
@@ -114,7 +114,9 @@ class Deep(nn.Module):
     ],
 )
 def test_patterns_match_by_structure(pattern: str, matches: list[str]) -> None:
-    assert matching_modules(Deep(), pattern) == matches
+    model = Deep()
+    there = [n for n, _ in (*model.named_modules(), *model.named_parameters()) if n]
+    assert matching(pattern, there) == matches
 
 
 @pytest.mark.parametrize("pattern", ["backbone.layers.7", "layers.0", "backbone.layer", "head.linear.weights"])

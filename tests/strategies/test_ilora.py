@@ -115,8 +115,9 @@ def test_of_a_text_only_the_answers_places_count() -> None:
     plain = learner.loss(outputs, batch)
     total = ilora.adjust_loss(plain, batch=batch, outputs=outputs, learner=learner)
     expected = []
+    assert on.answers is not None
     for x, y in zip(batch.x[6:], batch.y[6:], strict=True):  # one text after another, with no padding between
-        said = int((on.answers[y] != PAD).sum())  # type: ignore[index]
+        said = int((on.answers[y] != PAD).sum())
         fast, slow = (m.backbone(x[None])[0, :said] for m in (learner.model, ilora._slow._module))
         expected.append((fast - slow).square().mean())
     assert float((total - plain).detach()) == pytest.approx(float(3 * torch.stack(expected).detach().mean()), rel=1e-4)
