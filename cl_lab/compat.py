@@ -3,12 +3,19 @@
 ``torchvision``: the wheel on the registry carries a compiled extension for one torch build only. With another (a CPU
 build, say) ``import torchvision`` fails with "operator torchvision::nms does not exist", and Avalanche and Transformers
 import torchvision. Nothing here uses those two operators, so declaring their schemas is enough to import the rest.
+
+``deepspeed``: on a CPU machine every process group compiles a shared-memory reduction that inference alone calls. That
+takes a compiler and half a minute, and torch guards it by a lock file: a process killed in between leaves it there, and
+every later run on that machine waits for it for ever. Until DeepSpeed compiles it where it is called, it is declared
+impossible.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+
+_SHARED_MEMORY = "deepspeed_shm_comm"
 
 _libraries: list[object] = []  # torch drops a schema when its Library object is collected
 
@@ -39,3 +46,10 @@ def import_torchvision() -> None:
         import torchvision
 
     assert torchvision is not None
+
+
+def compile_nothing_for_deepspeed() -> None:
+    """Keep DeepSpeed from compiling what training never calls; to be called before its first process group."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__[_SHARED_MEMORY] = False

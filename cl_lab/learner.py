@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_lab.answers import BROKEN, find_answers
+from cl_lab.compat import compile_nothing_for_deepspeed
 from cl_lab.config import EngineConfig, TrainingConfig
 from cl_lab.errors import ConfigError, DataError, TrainingError
 from cl_lab.models import Classifier, GrowingHead, matching
@@ -57,6 +58,7 @@ def accelerator_for(engine: EngineConfig, training: TrainingConfig) -> Accelerat
         many = int(os.environ.get("WORLD_SIZE", "1")) > 1
         handlers = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")] if many or engine.deepspeed else []
         if engine.deepspeed:
+            compile_nothing_for_deepspeed()
             plugin = _deepspeed_plugin(engine, training)
             accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
             if accelerator.distributed_type != DistributedType.DEEPSPEED:

@@ -56,7 +56,7 @@ LEAVES = {
 HOMES = {
     "avalanche": "scenarios/",
     "mlflow": "cl_lab/tracking.py",
-    "deepspeed": "cl_lab/learner.py",
+    "deepspeed": ("cl_lab/learner.py", "cl_lab/compat.py"),
     "accelerate": "cl_lab/learner.py",
     "faiss": "strategies/",
     "matplotlib": ("cl_lab/reporting.py", "cl_lab/tracking.py"),

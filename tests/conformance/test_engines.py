@@ -80,7 +80,9 @@ def test_two_ranks_equal_one_process(engine: str, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [{"kind": "torch"}, {"kind": "deepspeed", "zero": 2}], ids=["ddp", "zero2"])
-def test_a_run_starts_its_own_ranks(engine: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_starts_its_own_ranks(engine: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = tmp_path / "compiled"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiled))
     sections = {"scenario": {"name": f"{toys.__file__}:Toy"}, "strategy": {"name": "replay", "memory": 40}}
     one = experiment.run(toys.config(**sections), tmp_path / "one")
     two = experiment.run(toys.config(**sections, engine={**engine, "processes": 2, "threads": 1}), tmp_path / "two")
@@ -89,3 +91,4 @@ def test_a_run_starts_its_own_ranks(engine: dict[str, Any], tmp_path: Path) -> N
     for row, other in zip(one["matrix"], two["matrix"], strict=True):
         assert row == pytest.approx(other, abs=ONE_SAMPLE + 1e-9)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["matrix"] == two["matrix"]
+    assert not compiled.exists(), "a compiler's lock outlives a killed run, and the next one would wait for it for ever"
