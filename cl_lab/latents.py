@@ -87,10 +87,10 @@ def put_through(stream: Stream, model: Classifier, stage: str, *, keep: bool, de
 
 def _what_decides(frozen: Classifier, lower: Sequence[str], stream: Stream) -> Iterator[bytes]:
     """All that the latents of a sample depend on."""
-    yield repr((list(lower), stream.mean, stream.std, stream.input_shape)).encode()
+    yield repr((list(lower), stream.mean, stream.std, stream.input_shape, frozen.backbone)).encode()
     for name, value in (*frozen.named_parameters(), *frozen.named_buffers()):
         owner = name.rpartition(".")[0]
-        if owner in lower or owner == "backbone":  # the backbone's own: constants of its input
+        if owner in lower or name in lower or owner == "backbone":  # the backbone's own: constants of its input
             yield name.encode() + value.detach().cpu().contiguous().numpy().tobytes()
 
 

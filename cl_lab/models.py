@@ -29,7 +29,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import interpolate, relu
 
 from cl_lab.errors import ConfigError, nearest
 from cl_lab.knobs import knob
@@ -170,7 +170,7 @@ class Classifier(nn.Module):
         return logits
 
     def split(self, stage: str) -> list[str]:
-        """Cut the backbone behind ``stage``; returns the paths of the modules that hold the parameters before the cut.
+        """Cut the backbone behind ``stage``; returns the paths of the modules (or parameters) before the cut.
 
         ``stage`` is a path below ``backbone``: ``layer4.0``, ``layers.0``, ``blocks.1``. Raises :class:`ConfigError` where
         there is no such stage.
@@ -188,7 +188,14 @@ class Classifier(nn.Module):
         ]
         # A stage is named after its last module; modules that belong to none by name come before the first that do.
         lower = [o for o in owners if _under(o, before) or not _under(o, after)]
-        return [f"backbone.{o}" for o in lower]
+        held = []
+        for o in lower:
+            module = self.backbone.get_submodule(o)
+            own = [n for n, _ in module.named_parameters(recurse=False)]
+            # A module that holds others besides (a transformer's class token) is not all below the cut.
+            holds_others = any(True for child in module.children() for _ in child.parameters())
+            held += [f"backbone.{o}.{n}" for n in own] if holds_others else [f"backbone.{o}"]
+        return held
 
     def latents(self, x: Tensor) -> Tensor:
         """What the stages before the split make of ``x`` ``[B, *input_shape]``: ``[B, C, …]``."""
@@ -198,7 +205,8 @@ class Classifier(nn.Module):
         """Take away the stages up to ``stage``: the model's input now is what they would have made of it."""
         for path in self.split(stage):
             parent, _, name = path.rpartition(".")
-            setattr(self.get_submodule(parent), name, nn.Identity())
+            holder = self.get_submodule(parent)
+            setattr(holder, name, None if name in holder._parameters else nn.Identity())
         self._start, self._cut = self._cut or 0, None
 
     def features(self, x: Tensor) -> Tensor:
@@ -295,6 +303,45 @@ class ConvBackbone(Backbone):
 
 def _flatten(x: Tensor) -> Tensor:
     return x.flatten(1)
+
+
+class ImageBackbone(Backbone):
+    """A backbone that was made for colour images of its own scale: what the stream gives is brought to that first.
+
+    ``scale`` and ``shift`` ``[channels, 1, 1]`` make its input of the stream's; one channel becomes three; ``resolution`` is
+    the side in pixels to which images are resized, ``None`` for none.
+    """
+
+    def __init__(self, scale: Tensor, shift: Tensor, resolution: int | None) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+        self._resolution = resolution
+
+    def extra_repr(self) -> str:
+        """Names what its modules do not tell."""
+        return f"resolution={self._resolution}"
+
+    def enter(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` of the stream → ``[B, 3, H', W']``."""
+        x = torch.addcmul(self.get_buffer("shift"), x, self.get_buffer("scale"))
+        if x.shape[1] == 1:
+            x = x.expand(-1, 3, -1, -1)
+        if self._resolution is not None and max(x.shape[2:]) != self._resolution:
+            x = interpolate(x, size=(self._resolution, self._resolution), mode="bilinear", align_corners=False)
+        return x
+
+
+def to_scale_of(stream: Stream, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """``scale`` and ``shift`` ``[C, 1, 1]`` that undo the stream's own normalisation and apply ``(pixel − mean) / std``.
+
+    Pixels are in [0, 1]; ``mean`` and ``std`` are of three channels, or of one for a grey stream.
+    """
+    channels = stream.input_shape[0]
+    own_mean, own_std = stream.mean or (0.0,) * channels, stream.std or (1.0,) * channels
+    values = (own_mean, own_std, *((v if len(v) == channels else [sum(v) / len(v)] * channels) for v in (mean, std)))
+    of_stream, spread, wanted, unit = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in values)
+    return spread / unit, (of_stream - wanted) / unit
 
 
 def mean_pool(h: Tensor) -> Tensor:
@@ -503,6 +550,13 @@ def image_shape(model: str, stream: Stream) -> tuple[int, int, int]:
         )
     channels, height, width = stream.input_shape
     return channels, height, width
+
+
+def grey_or_colour(model: str, stream: Stream) -> None:
+    """Raises :class:`ConfigError` unless the stream's samples are images of one or three channels."""
+    channels = image_shape(model, stream)[0]
+    if channels not in (1, 3):
+        raise ConfigError(f"model '{model}' takes 1 or 3 channels, but stream '{stream.name}' has {channels}")
 
 
 def _positive(name: str, sizes: Sequence[int]) -> None:

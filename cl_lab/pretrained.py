@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from cl_lab.errors import ConfigError, DataError
 from cl_lab.knobs import knob
-from cl_lab.models import HEAD_DOC, Backbone, Classifier, HeadKind, Stage, classifier, image_shape, mean_pool
+from cl_lab.models import (
+    HEAD_DOC,
+    Classifier,
+    HeadKind,
+    ImageBackbone,
+    Stage,
+    classifier,
+    grey_or_colour,
+    mean_pool,
+    to_scale_of,
+)
 from cl_lab.protocols import ModelSpec
 from cl_lab.records import Stream
 
@@ -66,16 +76,13 @@ class InvertedResidual(nn.Module):
         return x + h if self.skips else h
 
 
-class EfficientNetLiteBackbone(Backbone):
+class EfficientNetLiteBackbone(ImageBackbone):
     """EfficientNet-Lite0: stem, 16 blocks, a widening to 1,280 channels, and their mean."""
 
     width = 1280
 
-    def __init__(self, channels: int, scale: Tensor, shift: Tensor, resolution: int | None) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
-        self._grey, self._resolution = channels == 1, resolution
+    def __init__(self, scale: Tensor, shift: Tensor, resolution: int | None) -> None:
+        super().__init__(scale, shift, resolution)
         self.stem = _unit(*_conv(3, 32, 3, 2), ("activation", nn.ReLU6()))
         self.blocks = nn.Sequential()
         width = 32
@@ -91,13 +98,7 @@ class EfficientNetLiteBackbone(Backbone):
         return [("stem", self._enter), *blocks, ("final", self.final), ("pool", mean_pool)]
 
     def _enter(self, x: Tensor) -> Tensor:
-        scale, shift = self.get_buffer("scale"), self.get_buffer("shift")
-        x = torch.addcmul(shift, x, scale)
-        if self._grey:
-            x = x.expand(-1, 3, -1, -1)
-        if self._resolution is not None and max(x.shape[2:]) != self._resolution:
-            x = F.interpolate(x, size=(self._resolution, self._resolution), mode="bilinear", align_corners=False)
-        h: Tensor = self.stem(x)
+        h: Tensor = self.stem(self.enter(x))
         return h
 
 
@@ -132,15 +133,10 @@ class EfficientNetLite0(ModelSpec):
         Raises :class:`ConfigError` for input that is no image, weights that cannot be found or an impossible head, and
         :class:`DataError` for a file that holds something else.
         """
-        channels = image_shape("efficientnet-lite0", stream)[0]
-        if channels not in (1, 3):
-            raise ConfigError(
-                f"model 'efficientnet-lite0' takes 1 or 3 channels, but stream '{stream.name}' has {channels}"
-            )
-        # It was trained on (pixel − 127) / 128; undo the stream's own normalisation first.
-        mean = torch.tensor(stream.mean or (0.0,) * channels).view(-1, 1, 1)
-        std = torch.tensor(stream.std or (1.0,) * channels).view(-1, 1, 1)
-        backbone = EfficientNetLiteBackbone(channels, std * 255 / 128, (mean * 255 - 127) / 128, self.resolution)
+        grey_or_colour("efficientnet-lite0", stream)
+        # It was trained on (pixel − 127) / 128.
+        scale, shift = to_scale_of(stream, (127 / 255,) * 3, (128 / 255,) * 3)
+        backbone = EfficientNetLiteBackbone(scale, shift, self.resolution)
         if self.weights != "random":
             missing, unknown = backbone.load_state_dict(_lite0_weights(self.weights), strict=False)
             if missing or unknown:

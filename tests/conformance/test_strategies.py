@@ -188,6 +188,7 @@ def test_freeze_before_it_holds(name: str) -> None:
         assert not first & set(toys.differing(after[0], later)), "from the second on, the first layer stands still"
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("partner", NAMES)
 def test_chains_work_or_say_why_not(name: str, partner: str) -> None:
@@ -260,6 +261,7 @@ def variants(name: str) -> list[Stream]:
     return [told] if strategy_class(name).needs_boundaries else [told, stream_for(name, boundaries=False)]
 
 
+@pytest.mark.slow
 @every
 def test_stopped_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     for i, on in enumerate(variants(name)):
@@ -278,6 +280,7 @@ def test_stopped_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> 
         same_outcome(trainer, whole)
 
 
+@pytest.mark.slow
 @every
 def test_killed_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     for i, on in enumerate(variants(name)):
