@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_lab.errors import ConfigError, nearest
@@ -66,8 +67,10 @@ class CausalBackbone(Backbone):
         h, mask = (x, x >= 0) if first == 0 else self._unpacked(x)
         if last is None or last == self._stages:
             return self._said(h, mask, first)
-        h = self._some(h, mask, self._prompt, self._answer, first, last).float() * mask[:, :, None]
-        return torch.cat([h.flatten(1), mask.to(h.dtype)], 1)
+        unused = int(mask[:, : self._prompt].any(0).int().argmax())  # columns before the longest prompt
+        read = mask[:, unused:]
+        h = self._some(h[:, unused:], read, self._prompt - unused, self._answer, first, last).float() * read[:, :, None]
+        return torch.cat([F.pad(h, (0, 0, unused, 0)).flatten(1), mask.to(h.dtype)], 1)
 
     def _unpacked(self, x: Tensor) -> tuple[Tensor, Tensor]:
         places = FlatLatent(self.width, marks=1).rows(x.shape[1])

@@ -175,14 +175,25 @@ class Classifier(nn.Module):
         ``stage`` is a path below ``backbone``: ``layer4.0``, ``layers.0``, ``blocks.1``. Raises :class:`ConfigError` where
         there is no such stage.
         """
+        lower = self.modules_up_to(stage)
+        self._cut = [name for name, _ in self.backbone.stages()].index(stage) + 1
+        return lower
+
+    @property
+    def cut(self) -> str | None:
+        """The stage behind which the backbone is cut."""
+        return None if self._cut is None else self.backbone.stages()[self._cut - 1][0]
+
+    def modules_up_to(self, stage: str) -> list[str]:
+        """What :meth:`split` returns, without a cut."""
         names = [name for name, _ in self.backbone.stages()]
         if stage not in names[max(0, self._start - 1) :]:
             there = names[max(0, self._start - 1) :]
             raise ConfigError(
                 f"the model cannot be split behind '{stage}'{nearest(stage, there)}; its stages are {', '.join(there)}"
             )
-        self._cut = names.index(stage) + 1
-        before, after = names[: self._cut], names[self._cut :]
+        place = names.index(stage) + 1
+        before, after = names[:place], names[place:]
         owners = [
             n for n, m in self.backbone.named_modules() if n and next(m.parameters(recurse=False), None) is not None
         ]

@@ -106,7 +106,8 @@ def join(batch: Batch, drawn: dict[str, Tensor], weight: Tensor | None = None, *
     """
     if not batch.raw:
         raise ConfigError(
-            "strategy chain: one strategy trains on latents and another keeps raw samples; keep one of them"
+            "strategy chain: one strategy trains on latents and another keeps raw samples; keep one of them (a freeze that "
+            "caches stands last)"
         )
     if batch.extra or batch.weight is not None:
         raise ConfigError("strategy chain: a rehearsal strategy must stand first, and only one may weigh; reorder it")

@@ -87,7 +87,7 @@ def adopt(kind: type[TaskModel], model: nn.Module, method: str) -> Any:
     """The class of ``kind`` for ``model``: a subclass of its class, too. Raises :class:`ConfigError` where it cannot be."""
     if isinstance(model, TaskModel):
         raise ConfigError(f"strategy chain: {method} and another strategy both give every task its weights; keep one")
-    if getattr(model, "_cut", None) is not None:
+    if getattr(model, "cut", None) is not None:
         raise ConfigError(
             f"strategy chain: {method} gives every task its own weights, so no layers can be cut off and frozen as "
             "another strategy wants; keep one of the two"

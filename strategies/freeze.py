@@ -3,37 +3,126 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+from torch import nn
+
+from cl_lab.errors import ConfigError
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner, Strategy
-from cl_lab.records import Experience, State
+from cl_lab.records import Batch, Experience, Objective, State, Stream
+
+from ._prefix import PrefixCache
 
 
 @dataclass
 class Freeze(Strategy):
-    """Stop training chosen modules from an experience on; frozen means bit-identical, whatever the optimiser.
+    """Stop training chosen layers from an experience on; frozen means bit-identical, whatever the optimiser.
 
-    Modules are named by path structure: each dotted segment of a pattern matches one segment of a module's path, with
-    shell wildcards (``backbone.layers.0``, ``backbone.layers.[0-3]``, ``*.norm``), and everything below a match freezes,
-    running statistics included. A pattern that matches nothing is an error. Frozen parameters leave the optimiser, so
-    neither weight decay nor momentum moves them.
+    ``layers: k`` takes the bottom k blocks of the network, those whose path ends in a number (``layers.0``,
+    ``model.layers.11``, ``layer1.0``), and ``embeddings`` what comes before the first of them (a language model's table of
+    tokens, a stem). That is the published Freeze for language models (arXiv 2501.13453), by structure: its released code
+    looks for ``layers.1`` anywhere in a name and so freezes layers 10 to 19, too. Where embedding and head are one tensor,
+    the one is not frozen without the other.
+
+    ``modules`` are named by path: each dotted segment of a pattern matches one segment of a module's path, with shell
+    wildcards (``backbone.layers.0``, ``backbone.layers.[0-3]``, ``*.norm``), and everything below a match freezes, running
+    statistics included. A pattern that matches nothing is an error. Frozen parameters leave the optimiser, so neither
+    weight decay nor momentum moves them.
+
+    With ``cache``, what the frozen bottom makes of a sample is kept, and whenever that sample comes again, in a later epoch
+    or rehearsed, training runs the layers above alone. For that the whole bottom must be frozen (``layers``, and
+    ``embeddings`` unless nothing in there is trained anyway), samples must come as they are (no augmentation), and this link
+    stands behind those that rehearse.
     """
 
     needs_boundaries: ClassVar[bool] = True
+    objectives: ClassVar[frozenset[Objective]] = frozenset({"classification", "regression", "language"})
 
-    modules: list[str] = knob(doc="module or parameter paths to freeze, with wildcards per segment", min_length=1)
+    modules: list[str] = knob([], "module or parameter paths to freeze, with wildcards per segment")
+    layers: int = knob(0, "blocks to freeze from the bottom", ge=0)
+    embeddings: bool = knob(False, "freeze what comes before the first block")
     from_experience: int = knob(1, doc="index of the first experience during which they are frozen", ge=0)
+    cache: Literal["none", "memory", "disk"] = knob(
+        "none", doc="keep what the frozen bottom makes of each sample, in memory or in a temporary file"
+    )
 
     _frozen: list[str] = field(default_factory=list, init=False, repr=False)
+    _patterns: list[str] = field(default_factory=list, init=False, repr=False)  # not state: follow from the model
+    _prefix: PrefixCache | None = field(default=None, init=False, repr=False)  # not state: made again
+
+    def __post_init__(self) -> None:
+        if not (self.modules or self.layers or self.embeddings):
+            raise ConfigError("modules: nothing to freeze; give modules, layers or embeddings")
+        if self.cache != "none" and not self.layers:
+            raise ConfigError(f"cache = '{self.cache}': keeps what the bottom layers make; give layers = 1 or more")
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
         return {"modules": ["backbone.layers.0"], "from_experience": 1}
 
+    def prepare(self, model: nn.Module, stream: Stream) -> nn.Module:
+        self._patterns = list(self.modules)
+        if self.layers or self.embeddings:
+            self._patterns += self._bottom(model)
+        return model
+
+    def _bottom(self, model: Any) -> list[str]:
+        """Paths of the modules in the bottom layers; cuts the model behind them where they are to be cached."""
+        split = getattr(model, "split", None)
+        if split is None:
+            raise ConfigError(f"freeze: {type(model).__name__} has no layers to count; name modules instead")
+        stages = [name for name, _ in model.backbone.stages()]
+        blocks = [name for name in stages if name.rpartition(".")[2].isdigit()]
+        if self.layers > len(blocks):
+            raise ConfigError(
+                f"freeze: layers = {self.layers}: the model has {len(blocks)} blocks ({_span(blocks)}); lower layers"
+            )
+        before = stages[: stages.index(blocks[0])] if blocks else stages[:1]
+        held = model.modules_up_to(before[-1]) if before else []
+        chosen = [f"backbone.{name}" for name in blocks[: self.layers]]
+        if self.embeddings:
+            if not held:
+                raise ConfigError(
+                    "freeze: embeddings = true: nothing comes before the model's first block; leave it out"
+                )
+            chosen = held + chosen
+        if self.cache != "none":
+            trained = [
+                n
+                for n, p in model.named_parameters()
+                if p.requires_grad and any(n == path or n.startswith(path + ".") for path in held)
+            ]
+            if trained and not self.embeddings:
+                raise ConfigError(
+                    f"freeze: cache = '{self.cache}': {trained[0]} below the frozen layers goes on learning, so what they "
+                    "make of a sample changes; set embeddings=true"
+                )
+            if model.cut is not None:
+                raise ConfigError(
+                    f"strategy chain: freeze would cut the network behind '{blocks[self.layers - 1]}', but another strategy "
+                    f"cut it behind '{model.cut}'; leave cache out, or keep one of the two"
+                )
+            split(blocks[self.layers - 1])
+        return chosen
+
     def before_experience(self, experience: Experience, learner: Learner) -> None:
         if experience.index >= self.from_experience and not self._frozen:
-            self._frozen = learner.freeze(self.modules)
+            self._frozen = learner.freeze(self._patterns)
+
+    def mix(self, batch: Batch, learner: Learner) -> Batch | None:
+        if self.cache == "none" or not self._frozen or not batch.raw:
+            return batch
+        if self._prefix is None:
+            self._prefix = PrefixCache(learner, on_disk=self.cache == "disk")
+        h = self._prefix.latents(batch.x, learner)
+        return Batch(h, batch.y, batch.t, batch.current, batch.weight, batch.extra, batch.epoch, raw=False)
+
+    def measures(self) -> dict[str, float]:
+        """With a cache, the samples in it and their bytes."""
+        if self._prefix is None:
+            return {}
+        return {"cached_samples": float(len(self._prefix)), "cached_bytes": float(self._prefix.nbytes)}
 
     def state_dict(self) -> State:
         return {"frozen": list(self._frozen)}
@@ -42,3 +131,8 @@ class Freeze(Strategy):
         frozen = state["frozen"]
         assert isinstance(frozen, list)
         self._frozen = [str(name) for name in frozen]
+        self._prefix = None
+
+
+def _span(blocks: list[str]) -> str:
+    return f"{blocks[0]} to {blocks[-1]}" if blocks else "none whose path ends in a number"

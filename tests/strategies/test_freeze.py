@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 import toys
 from torch import Tensor, nn
 
-from cl_lab.errors import ConfigError
+from cl_lab import checkpoint
+from cl_lab.errors import ConfigError, Interrupted
 from cl_lab.models import matching
 from cl_lab.records import Stream
 from cl_lab.trainer import Record, Silent, Trainer
@@ -139,9 +141,11 @@ def test_freezing_everything_is_an_error(modules: list[str]) -> None:
 
 
 def test_modules_must_be_given() -> None:
-    with pytest.raises(ConfigError, match=r"strategy\.0\.modules: missing"):
+    with pytest.raises(
+        ConfigError, match=r"strategy\.0\.modules: nothing to freeze; give modules, layers or embeddings$"
+    ):
         toys.trainer([{"name": "freeze"}], toys.stream())
-    with pytest.raises(ConfigError, match=r"strategy\.0\.modules = \[\]: .*at least 1"):
+    with pytest.raises(ConfigError, match=r"strategy\.0\.modules: nothing to freeze"):
         toys.trainer([{"name": "freeze", "modules": []}], toys.stream())
 
 
@@ -175,3 +179,133 @@ def test_momentum_of_the_rest_is_kept() -> None:
     assert {n.rpartition(".linear")[0] for n in optimizer} == {"backbone.layers.1", "head"}
     assert {float(entry["step"]) for entry in optimizer.values()} == {36.0}
     assert all(isinstance(entry["exp_avg"], torch.Tensor) for entry in optimizer.values())
+
+
+# -- layers from the bottom, and what they make kept -------------------------------------------------------------------
+
+TINY = {"name": "causal-lm", "weights": "tiny", "adapt": "full"}
+LORA = {"name": "causal-lm", "weights": "tiny", "lora_targets": ["*_proj"]}
+TEXTS = {"training": {"epochs": 3, "batch_size": 12, "lr": 0.02, "optimizer": "adamw", "weight_decay": 0.1}}
+
+
+def frozen_by(model: dict[str, Any], on: Stream, **knobs: Any) -> set[str]:
+    trainer = toys.trainer([{"name": "freeze", "from_experience": 0, **knobs}], on, model=model)
+    (link,) = trainer.strategy.links
+    link.before_experience(on.experiences[0], trainer.learner)
+    return set(link.state_dict()["frozen"])
+
+
+@pytest.mark.parametrize(
+    ("model", "form", "knobs", "prefixes"),
+    [
+        ({"name": "mlp", "hidden": [8] * 12}, "float", {"layers": 2}, ["layers.0.", "layers.1."]),
+        ({"name": "slim-resnet18"}, "images", {"layers": 3}, ["layer1.0.", "layer1.1.", "layer2.0."]),
+        ({"name": "slim-resnet18"}, "images", {"embeddings": True}, ["conv1.", "bn1."]),
+        ({"name": "slim-resnet18"}, "images", {"layers": 1, "embeddings": True}, ["conv1.", "bn1.", "layer1.0."]),
+        (TINY, "texts", {"layers": 1}, ["model.layers.0."]),
+        (TINY, "texts", {"layers": 2, "embeddings": True}, ["model.embed_tokens.", "model.layers."]),
+        (LORA, "texts", {"layers": 1}, ["model.layers.0."]),
+    ],
+)
+def test_layers_are_counted_from_the_bottom(
+    model: dict[str, Any], form: str, knobs: dict[str, Any], prefixes: list[str]
+) -> None:
+    on = toys.stream(form=form)
+    built = toys.trainer([{"name": "naive"}], on, model=model).learner.model
+    wanted = {n for n, _ in built.named_parameters() if any(n.startswith(f"backbone.{p}") for p in prefixes)}
+    assert frozen_by(model, on, **knobs) == wanted
+    assert wanted
+
+
+def run(links: list[dict[str, Any]], on: Stream, **sections: Any) -> Trainer:
+    trainer = toys.trainer(links, on, **sections)
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("model", "form", "knobs"),
+    [
+        ({**toys.MLP, "dropout": 0.2}, "float", {"layers": 1}),
+        ({"name": "convnet", "channels": [4, 4], "batch_norm": True, "hidden": [8]}, "images", {"layers": 2}),
+        (LORA, "texts", {"layers": 1}),
+        (TINY, "texts", {"layers": 1, "embeddings": True}),
+    ],
+)
+def test_what_the_bottom_makes_is_made_once(
+    cache: str,
+    model: dict[str, Any],
+    form: str,
+    knobs: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Equal losses and weights to those without a cache; samples of the past and of later epochs come out of it."""
+    monkeypatch.setenv("CL_LAB_CACHE", str(tmp_path))
+    on = toys.stream(form=form, scoring="constrained") if form == "texts" else toys.stream(form=form)
+    replay = {"name": "replay", "memory": 60}
+    freeze = {"name": "freeze", **knobs}
+    plain = run([replay, freeze], on, model=model, **TEXTS)
+    kept = run([replay, {**freeze, "cache": cache}], on, model=model, **TEXTS)
+    for one, two in zip(plain.record.losses, kept.record.losses, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-4)
+    for name, value in toys.weights_of(plain).items():
+        assert torch.allclose(value.float(), toys.weights_of(kept)[name].float(), atol=2e-3), name
+    met = kept.record.measures[-1]["freeze/cached_samples"]
+    assert 120 < met <= 180, "all samples of experiences 1 and 2, those of 0 that were rehearsed"
+    assert kept.record.measures[-1]["freeze/cached_bytes"] % (4 * met) == 0
+    assert not list(tmp_path.iterdir()), "a file without a name goes with its process"
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_with_a_cache(tmp_path: Path) -> None:
+    on = toys.stream(form="texts", scoring="constrained")
+    links = [{"name": "replay", "memory": 60}, {"name": "freeze", "layers": 1, "cache": "memory"}]
+    whole = run(links, on, model=LORA, **TEXTS)
+    for at in (17, 23, 38):
+        trainer = toys.trainer(links, on, model=LORA, checkpoints=tmp_path, checkpoint={"every_steps": 4}, **TEXTS)
+        found = checkpoint.load_newest(tmp_path)
+        if found is not None:
+            trainer.load_state_dict(found[0])
+        trainer.stop = lambda t=trainer, at=at: "SIGTERM" if t.record.steps >= at else None
+        with pytest.raises(Interrupted):
+            trainer.run()
+    last = toys.trainer(links, on, model=LORA, checkpoints=tmp_path, **TEXTS)
+    found = checkpoint.load_newest(tmp_path)
+    assert found is not None
+    last.load_state_dict(found[0])
+    last.run()
+    assert not toys.differing(toys.weights_of(whole), toys.weights_of(last))
+    assert last.record.matrix == whole.record.matrix
+
+
+@pytest.mark.parametrize(
+    ("links", "model", "says"),
+    [
+        ([{"name": "freeze"}], toys.MLP, "nothing to freeze; give modules, layers or embeddings"),
+        ([{"name": "freeze", "layers": 3}], toys.MLP, r"layers = 3: the model has 2 blocks \(layers.0 to layers.1\)"),
+        ([{"name": "freeze", "modules": ["x"], "cache": "memory"}], toys.MLP, "give layers = 1 or more"),
+        ([{"name": "freeze", "embeddings": True}], toys.MLP, "nothing comes before the model's first block"),
+        (
+            [
+                {"name": "remind", "split": "layers.0", "codebooks": None},
+                {"name": "freeze", "layers": 1, "cache": "memory"},
+            ],
+            toys.MLP,
+            "another strategy cut it behind 'layers.0'; leave cache out",
+        ),
+    ],
+)
+def test_what_cannot_be_frozen_is_one_line(links: list[dict[str, Any]], model: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        run(links, toys.stream(), model=model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_wants_all_below_it_frozen_and_to_stand_last() -> None:
+    on = toys.stream(form="images")
+    cached = {"name": "freeze", "layers": 1, "cache": "memory"}
+    with pytest.raises(ConfigError, match=r"conv1.weight below the frozen layers goes on learning.*embeddings=true"):
+        run([cached], on, model={"name": "slim-resnet18"})
+    with pytest.raises(ConfigError, match="a freeze that caches stands last"):
+        run([cached, {"name": "replay", "memory": 60}], toys.stream())
