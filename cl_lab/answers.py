@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -29,12 +29,17 @@ def find_answers(batch: Batch, say: Say, stream: Stream) -> Tensor:
     right only where all tokens are those of an answer; ``constrained`` takes the task's answer with the highest
     log-probability, its end included, so that a long answer is not put before its own beginning; ``first-token`` the
     task's answer whose first token is the likeliest. What stands in the answer's columns of ``batch`` is not looked at.
+
+    Where the stream has few answers, ``generation`` need not write: all of them stand behind the prompt at once, and the one
+    that would be written, if any, is that whose every token is the likeliest behind those before it.
     """
     assert stream.answers is not None
     answers = stream.answers.to(batch.x.device)
     prompt = stream.layout["prompt"][0]
     if stream.scoring == "generation":
-        return _generate(batch, say, answers, prompt)
+        k, longest = answers.shape
+        few = k * longest <= (longest - 1) * prompt  # columns in one pass against those of a pass for each token
+        return (_compare if few else _write)(batch, say, answers, prompt)
     found = torch.full_like(batch.y, NONE)
     scores = _first_tokens if stream.scoring == "first-token" else _likelihoods
     for task in batch.t.unique().tolist():
@@ -63,23 +68,43 @@ def _first_tokens(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tenso
     return say(_asked(batch, prompt))[:, 0].float()[:, answers[:, 0]]
 
 
-def _likelihoods(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
-    """``[B, K]`` log-probabilities of the answers, their end included.
+def _together(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some of ``answers`` ``[k, A']`` after another, and the logits ``[B, k, A', vocabulary]`` at their places.
 
     As many answers as :data:`_PLACES` allows stand behind each prompt at once, so that it is read but once for them.
     """
     n, longest = len(batch), answers.shape[1]
-    values = []
     for some in answers.split(max(1, _PLACES // (n * longest))):
         x = torch.cat([batch.x[:, :prompt], some.flatten().expand(n, -1).to(batch.x.dtype)], 1)
-        said = say(replace(batch, x=x)).unflatten(1, (len(some), -1)).float().log_softmax(3)
-        tokens = some[:, : said.shape[2]]
-        picked = said.gather(3, tokens.clamp(min=0).expand(n, -1, -1)[..., None]).squeeze(3)
+        said = say(replace(batch, x=x)).unflatten(1, (len(some), -1)).float()
+        yield some[:, : said.shape[2]], said
+
+
+def _likelihoods(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
+    """``[B, K]`` log-probabilities of the answers, their end included."""
+    values = []
+    for tokens, said in _together(batch, say, answers, prompt):
+        given = tokens.clamp(min=0).expand(len(batch), -1, -1)[..., None]
+        picked = said.log_softmax(3).gather(3, given).squeeze(3)
         values.append((picked * (tokens != PAD)).sum(2))
     return torch.cat(values, 1)
 
 
-def _generate(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
+def _compare(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
+    """What :func:`_write` finds, without writing."""
+    written, broken = [], torch.zeros(len(batch), dtype=torch.bool, device=batch.x.device)
+    for tokens, said in _together(batch, say, answers, prompt):
+        best, token = said.max(3)
+        asked = tokens != PAD
+        written.append(((token == tokens) | ~asked).all(2))
+        broken |= (~best.isfinite() & asked).flatten(1).any(1)
+    same = torch.cat(written, 1)  # [B, K]; one at most, as no answer is the beginning of another
+    found = torch.where(same.any(1), same.int().argmax(1), NONE)
+    return torch.where(broken, BROKEN, found)
+
+
+def _write(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
+    """The answers that are written, one likeliest token after another: ``[B]`` rows of ``answers``."""
     n, longest = len(batch), answers.shape[1]
     ends = answers.gather(1, (answers != PAD).sum(1, keepdim=True) - 1).unique()  # the end-of-text token
     written = torch.full((n, longest), PAD, dtype=torch.int64, device=batch.x.device)

@@ -36,14 +36,51 @@ def saying(tokens: list[int], *, strength: float = 10.0) -> Callable[[Batch], Te
     return say
 
 
+@pytest.mark.parametrize("way", [answers._write, answers._compare])
 @pytest.mark.parametrize(
     ("said", "found"),
     [([10, 9, 1], 0), ([11, 1], 1), ([10, 1], NONE), ([11, 9, 1], NONE), ([10, 9, 9], NONE), ([12, 9, 1], 2)],
 )
-def test_written_freely_every_token_must_be_right(said: list[int], found: int) -> None:
-    assert (
-        find_answers(asked(toys.stream(form="texts")), saying(said), toys.stream(form="texts")).tolist() == [found] * 4
+def test_written_freely_every_token_must_be_right(said: list[int], found: int, way: Callable[..., Tensor]) -> None:
+    on = toys.stream(form="texts")
+    assert on.answers is not None
+    assert way(asked(on), saying(said), on.answers, toys.PROMPT).tolist() == [found] * 4
+
+
+@pytest.mark.parametrize("places", [1, 1024])
+def test_comparing_finds_what_is_written(places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On models that say something else behind every prompt and every token."""
+    monkeypatch.setattr(answers, "_PLACES", places)
+    on = toys.stream(form="texts", test=200)
+    assert on.answers is not None
+    rng = torch.Generator().manual_seed(0)
+    mixed = torch.randn(VOCABULARY, VOCABULARY, VOCABULARY, generator=rng)
+    mixed[:, :, 9:14] += 3.0  # what answers are made of comes often enough
+    mixed[:, 9:, 1] += 5.0
+
+    def say(batch: Batch) -> Tensor:
+        prompts = batch.x[:, : toys.PROMPT].clamp(min=0).sum(1) % VOCABULARY
+        given = batch.x[:, toys.PROMPT :].long().unflatten(1, (-1, toys.ANSWER))
+        before = torch.cat([torch.zeros_like(given[:, :, :1]), given[:, :, :-1].clamp(min=0)], 2)
+        return mixed[prompts[:, None, None], before].flatten(1, 2)
+
+    batch = on.experiences[0].test.batch(torch.arange(200))
+    written = answers._write(batch, say, on.answers, toys.PROMPT)
+    assert torch.equal(answers._compare(batch, say, on.answers, toys.PROMPT), written)
+    assert {NONE} < set(written.tolist()), "some of the stream's answers were written"
+
+
+def test_few_answers_are_compared_and_many_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = toys.stream(form="texts")
+    assert on.answers is not None
+    used = []
+    for name in ("_write", "_compare"):
+        monkeypatch.setattr(answers, name, lambda *_, name=name: used.append(name) or torch.zeros(4))
+    find_answers(asked(on), saying([10]), on)
+    find_answers(
+        asked(on), saying([10]), replace(on, layout={"prompt": (100,), "answer": (toys.ANSWER,)}, input_shape=(103,))
     )
+    assert used == ["_write", "_compare"]
 
 
 def test_writing_goes_on_from_what_was_written() -> None:
@@ -55,7 +92,8 @@ def test_writing_goes_on_from_what_was_written() -> None:
         seen.append(batch.x[0, toys.PROMPT :].tolist())
         return saying([10, 9, 1])(batch)
 
-    find_answers(asked(on), say, on)
+    assert on.answers is not None
+    answers._write(asked(on), say, on.answers, toys.PROMPT)
     assert seen == [[PAD, PAD, PAD], [10, PAD, PAD], [10, 9, PAD]], "the right answer in the batch is not looked at"
 
 
