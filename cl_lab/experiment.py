@@ -108,6 +108,8 @@ class _Run:
             "run_id": before.get("run_id", ""),
             "path": str(folder),
             "experiences": [],
+            "initial_valid": [],
+            "valid": [],
             "anytime": [],
             "losses": [],
             "measures": [],
@@ -252,6 +254,8 @@ class _Run:
         self.document |= {
             "initial": record.initial,
             "matrix": record.matrix,
+            "initial_valid": record.initial_valid,
+            "valid": record.valid,
             "anytime": record.anytime,
             "losses": record.losses,
             "measures": record.measures,
@@ -260,7 +264,11 @@ class _Run:
         if record.matrix:
             tests = [e["test_samples"] for e in self.document["experiences"]]
             self.document["metrics"] = summary(
-                record.matrix, record.initial, test_samples=tests, anytime=_complete(record.anytime, len(tests))
+                record.matrix,
+                record.initial,
+                test_samples=tests,
+                anytime=_complete(record.anytime, len(tests)),
+                valid=record.valid or None,
             )
 
     def _finish(self, status: str, error: str | None = None) -> None:

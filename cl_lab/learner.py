@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +102,13 @@ def warm_up(device: torch.device) -> None:
         torch.ones(8, 8, device=device) @ weight, torch.zeros(8, dtype=torch.int64, device=device)
     ).backward()
     optimizer.step()
+
+
+class Score(NamedTuple):
+    """How well a test set is answered, and, where answers are written freely, the share that are answers of their task."""
+
+    value: float
+    valid: float | None = None
 
 
 class EngineLearner:
@@ -455,7 +462,7 @@ class EngineLearner:
         for p in self._named.values():
             p.grad = None
 
-    def score(self, data: TensorData, batch_size: int, predict: Callable[[Batch], Tensor] | None = None) -> float:
+    def score(self, data: TensorData, batch_size: int, predict: Callable[[Batch], Tensor] | None = None) -> Score:
         """An entry of the score matrix: :meth:`accuracy`, or minus :meth:`squared_error` where the stream is a regression.
 
         Arguments are those of :meth:`accuracy`. Raises :class:`DataError` for targets that are not the stream's kind.
@@ -466,10 +473,10 @@ class EngineLearner:
                 "give int64 labels for a classification, float32 targets for a regression"
             )
         if self._regression:
-            return 0.0 - self.squared_error(data, batch_size, predict)  # never "-0.0"
+            return Score(0.0 - self.squared_error(data, batch_size, predict))  # never "-0.0"
         if self._answers_table is not None:
             return self.answered(data, batch_size, predict)
-        return self.accuracy(data, batch_size, predict)
+        return Score(self.accuracy(data, batch_size, predict))
 
     @torch.no_grad()
     def accuracy(self, data: TensorData, batch_size: int, predict: Callable[[Batch], Tensor] | None = None) -> float:
@@ -489,21 +496,28 @@ class EngineLearner:
         return int(correct) / len(data)
 
     @torch.no_grad()
-    def answered(self, data: TensorData, batch_size: int, predict: Callable[[Batch], Tensor] | None = None) -> float:
+    def answered(self, data: TensorData, batch_size: int, predict: Callable[[Batch], Tensor] | None = None) -> Score:
         """Share of ``data`` that is answered right in words, as :func:`~cl_lab.answers.find_answers` finds the answers.
 
-        As :meth:`accuracy` otherwise; ``predict`` gives logits ``[B, A', vocabulary]``.
+        As :meth:`accuracy` otherwise; ``predict`` gives logits ``[B, A', vocabulary]``. Where answers are written freely,
+        with the share that are one of their task's answers, right or wrong.
         """
         say = self._forward if predict is None else predict
-        counts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
+        classes = torch.zeros(len(self._stream.experiences), self._stream.n_classes, dtype=torch.bool)
+        for e in self._stream.experiences:
+            classes[e.index, list(e.classes)] = True
+        classes = classes.to(self.device)
         answers = self._answers(data, batch_size, lambda batch: find_answers(batch, say, self._stream))
         for batch, found, counted in answers:
             if counted:
                 counts[0] += (found == batch.y).sum()
                 counts[1] += (found == BROKEN).sum()
-        correct, broken = self.reduce(counts).tolist()
-        self._check_finite(int(broken), len(data))
-        return int(correct) / len(data)
+                counts[2] += (classes[batch.t, found.clamp(min=0)] & (found >= 0)).sum()
+        correct, broken, valid = (int(n) for n in self.reduce(counts).tolist())
+        self._check_finite(broken, len(data))
+        free = self._stream.scoring == "generation"
+        return Score(correct / len(data), valid / len(data) if free else None)
 
     @torch.no_grad()
     def squared_error(

@@ -69,6 +69,28 @@ def weighted_average_accuracy(matrix: npt.ArrayLike, test_samples: npt.ArrayLike
     return float(R[-1] @ weights / weights.sum())
 
 
+def valid_output_rate(valid: npt.ArrayLike) -> float:
+    """Mean share of free answers that are one of their task's answers, right or wrong, after the last experience.
+
+    ``1/T Σ_j V[T,j]``. A model that has lost a task's format and not its knowledge shows it here first. ``valid`` is
+    ``[k, T]``, laid out as a score matrix. Raises :class:`ValueError` for a malformed matrix (see the module).
+    """
+    return average_accuracy(valid)
+
+
+def accuracy_given_valid(matrix: npt.ArrayLike, valid: npt.ArrayLike) -> float:
+    """Mean accuracy among the answers that are one of their task's, after the last experience.
+
+    ``mean_j R[T,j] / V[T,j]`` over the experiences with ``V[T,j] > 0``; ``nan`` where there are none. ``matrix`` and
+    ``valid`` are ``[k, T]``. Raises :class:`ValueError` for a malformed matrix (see the module) or unequal shapes.
+    """
+    R, V = _learnt(matrix), _learnt(valid)
+    if R.shape != V.shape:
+        raise ValueError(f"a score matrix {list(R.shape)} and valid shares {list(V.shape)} do not go together")
+    some = V[-1] > 0
+    return _mean(R[-1][some] / V[-1][some])
+
+
 def average_incremental_accuracy(matrix: npt.ArrayLike) -> float:
     """Mean, over the whole run, of the average accuracy on what had been learnt so far.
 
@@ -278,14 +300,17 @@ def summary(
     anytime: Sequence[Anytime] = (),
     joint: npt.ArrayLike | None = None,
     cumulative: npt.ArrayLike | None = None,
+    valid: npt.ArrayLike | None = None,
 ) -> dict[str, float | None]:
     """Every metric the given inputs allow, by function name, ready for JSON (undefined values are ``None``).
 
     ``matrix`` is ``[k, T]``; ``initial``, ``test_samples`` and ``joint`` (scores of an offline model per experience)
     are ``[T]``; ``cumulative`` ``[T, T]`` is the score matrix of a learner whose row i is an offline model's of
-    experiences up to i, so that its scores on those are REMIND's offline curve. Left out: ``weighted_average_accuracy``
+    experiences up to i, so that its scores on those are REMIND's offline curve; ``valid`` ``[k, T]`` are shares of answers
+    that are their task's. Left out: ``weighted_average_accuracy``
     without ``test_samples``, ``average_anytime_accuracy`` and ``a_auc`` without ``anytime``, ``intransigence`` and
-    Kemker's omegas without ``joint``, ``omega_streaming`` without ``cumulative``. ``fwt`` is always there, ``None``
+    Kemker's omegas without ``joint``, ``omega_streaming`` without ``cumulative``, ``valid_output_rate`` and
+    ``accuracy_given_valid`` without ``valid``. ``fwt`` is always there, ``None``
     without ``initial``. Raises :class:`ValueError` for a malformed matrix, vector or record (see the module).
     """
     values = {
@@ -302,6 +327,9 @@ def summary(
     }
     if test_samples is not None:
         values["weighted_average_accuracy"] = weighted_average_accuracy(matrix, test_samples)
+    if valid is not None:
+        values["valid_output_rate"] = valid_output_rate(valid)
+        values["accuracy_given_valid"] = accuracy_given_valid(matrix, valid)
     if anytime:
         values["average_anytime_accuracy"] = average_anytime_accuracy(anytime)
         values["a_auc"] = a_auc(anytime)

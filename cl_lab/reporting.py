@@ -38,6 +38,15 @@ METRICS: dict[str, tuple[str, str]] = {
         "Sample-weighted accuracy",
         "The same with every test sample weighing alike, so that larger test sets count more.",
     ),
+    "valid_output_rate": (
+        "Valid answers",
+        "Share of freely written answers that are an answer of their task, right or wrong, after the last experience. "
+        "Where it falls, the format was lost; where only accuracy falls, it was knowledge.",
+    ),
+    "accuracy_given_valid": (
+        "Accuracy if valid",
+        "Accuracy among the freely written answers that are one of their task's.",
+    ),
     "average_incremental_accuracy": (
         "Average incremental accuracy",
         "Accuracy on everything learnt so far, averaged over the whole stream: how good the model was along the way.",

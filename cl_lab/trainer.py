@@ -25,7 +25,7 @@ from cl_lab.augmentation import crop_flip, transformed_batches
 from cl_lab.chain import Chain
 from cl_lab.config import RunConfig, TrainingConfig
 from cl_lab.errors import ConfigError, Interrupted, TrainingError
-from cl_lab.learner import EngineLearner, warm_up
+from cl_lab.learner import EngineLearner, Score, warm_up
 from cl_lab.protocols import state_bytes
 from cl_lab.records import Batch, Experience, State, Stream, TensorData
 
@@ -69,6 +69,9 @@ class Record:
     """What a score is (:attr:`cl_lab.records.Stream.score`), also of those that are kept as ``accuracies``."""
     initial: list[float] = field(default_factory=list)
     matrix: list[list[float]] = field(default_factory=list)
+    initial_valid: list[float] = field(default_factory=list)
+    valid: list[list[float]] = field(default_factory=list)
+    """Of texts that are answered freely, the shares that were an answer of their task, as ``matrix``; empty of others."""
     anytime: list[dict[str, Any]] = field(default_factory=list)
     losses: list[dict[str, Any]] = field(default_factory=list)
     measures: list[dict[str, float]] = field(default_factory=list)
@@ -161,12 +164,15 @@ class Trainer:
         done = self.record.steps
         self.observer.started(done + self._steps_left(), done)
         if not self.record.initial:
-            self.record.initial = self._score()
+            self.record.initial, self.record.initial_valid = self._score()
             self.observer.scored(self.record)
         for experience in self.stream.experiences[self._position.experience :]:
             with self._timed("train_seconds"):
                 self._learn(experience)
-            self.record.matrix.append(self._score())
+            row, valid = self._score()
+            self.record.matrix.append(row)
+            if valid:
+                self.record.valid.append(valid)
             self.record.trainable_parameters = self.learner.trainable_parameters
             self.record.measures.append(self.strategy.measures())
             self.record.strategy_state_bytes = state_bytes(self.strategy.state_dict())
@@ -325,7 +331,7 @@ class Trainer:
     def _out_of_patience(self, held: TensorData | None) -> bool:
         assert held is not None
         assert self.config.training.patience is not None
-        score = self.learner.score(held, self.config.evaluation.batch_size, self._predict)
+        score = self.learner.score(held, self.config.evaluation.batch_size, self._predict).value
         self.learner.train_mode()
         if self._position.best is None or score > self._position.best:
             self._position.best, self._position.stale = score, 0
@@ -338,7 +344,7 @@ class Trainer:
         """Anytime evaluation, checkpoints and signals; ``ends`` is the last step, after which a row is scored anyway."""
         every = self.config.evaluation.every_steps
         if every is not None and self._position.step % every == 0:
-            accuracies = self._score(experience.index + 1)
+            accuracies, _ = self._score(experience.index + 1)
             self.record.anytime.append(
                 {
                     "step": self.record.steps,
@@ -375,15 +381,16 @@ class Trainer:
             f"step {step} with training.lr={t.lr}; lower training.lr (or the strategy's strength), or set training.clip_norm"
         )
 
-    def _score(self, first: int | None = None) -> list[float]:
-        """Score on the test set of every experience (or the ``first`` so many)."""
+    def _score(self, first: int | None = None) -> tuple[list[float], list[float]]:
+        """Score on the test set of every experience (or the ``first`` so many), and, of free answers, the valid shares."""
         with self._timed("eval_seconds"):
             size = self.config.evaluation.batch_size
-            scores: dict[int, float] = {}  # experiences may share a test set
+            scores: dict[int, Score] = {}  # experiences may share a test set
             for e in self.stream.experiences[:first]:
                 if id(e.test) not in scores:
                     scores[id(e.test)] = self.learner.score(self._test_set(e), size, self._predict)
-            return [scores[id(e.test)] for e in self.stream.experiences[:first]]
+            row = [scores[id(e.test)] for e in self.stream.experiences[:first]]
+            return [s.value for s in row], [s.valid for s in row if s.valid is not None]
 
     def _test_set(self, experience: Experience) -> TensorData:
         """The test set as the strategy wants it: encoded once for each encoding."""

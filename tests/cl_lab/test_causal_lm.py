@@ -128,6 +128,21 @@ def test_learns_and_checkpoints_hold_what_it_learnt(stream: Stream, adapt: str, 
     assert not toys.differing(after, toys.weights_of(fresh))
 
 
+def test_written_answers_say_how_many_are_valid(stream: Stream) -> None:
+    """A model that learns task after task answers an old task with the newest one's labels: invalid, not only wrong."""
+    model = TINY | {"adapt": "full"}
+    training = TRAINING | {"epochs": 10, "lr": 0.02}
+    record = toys.trainer([{"name": "naive"}], stream, model=model, training=training).run()
+    assert len(record.initial_valid) == 3
+    assert [len(row) for row in record.valid] == [3, 3, 3]
+    for row, valid in zip(record.matrix, record.valid, strict=True):
+        assert all(a <= v for a, v in zip(row, valid, strict=True))
+    assert record.valid[-1][-1] > 0.8
+    assert record.valid[-1][0] < 0.5, "the first task's labels are no longer written"
+    constrained = toys.trainer([{"name": "naive"}], toys.stream(form="texts", scoring="constrained"), model=model)
+    assert constrained.run().valid == [], "where only the task's answers are compared, all are valid"
+
+
 @pytest.mark.parametrize("links", [[{"name": "naive"}], [{"name": "replay", "memory": 30}], [{"name": "si"}]])
 def test_the_shelf_serves(stream: Stream, links: list[dict[str, Any]]) -> None:
     record = toys.trainer(links, stream, model=TINY | {"adapt": "full"}, training=TRAINING).run()

@@ -265,7 +265,8 @@ def test_summary_holds_what_its_inputs_allow() -> None:
 def test_every_metric_is_listed_with_one_line() -> None:
     tree = ast.parse(Path(m.__file__).read_text(encoding="utf-8"))
     public = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
-    reported = set(m.summary(R, INITIAL, test_samples=[1, 2, 3], anytime=ANYTIME, joint=INITIAL, cumulative=R))
+    given = {"test_samples": [1, 2, 3], "anytime": ANYTIME, "joint": INITIAL, "cumulative": R, "valid": R}
+    reported = set(m.summary(R, INITIAL, **given))
     assert reported == set(public) - {"summary", "interval"}
     for name, node in public.items():
         first, _, rest = (ast.get_docstring(node) or "").partition("\n")
@@ -351,3 +352,17 @@ def test_avalanche_agrees() -> None:
         assert m.first_minus_last_forgetting(matrix) == near(mean["forgetting"])
         assert m.bwt(matrix) == near(mean["bwt"])
         assert m.fwt(matrix, before) == near(mean["fwt"])
+
+
+def test_format_and_knowledge_are_told_apart() -> None:
+    matrix, valid = [[0.9, 0.0], [0.3, 0.8]], [[1.0, 0.0], [0.4, 1.0]]
+    assert m.valid_output_rate(valid) == pytest.approx(0.7)
+    assert m.accuracy_given_valid(matrix, valid) == pytest.approx((0.3 / 0.4 + 0.8) / 2)
+    assert math.isnan(m.accuracy_given_valid([[0.0]], [[0.0]]))
+    lost = m.accuracy_given_valid([[0.9, 0.1], [0.0, 0.8]], [[1.0, 0.5], [0.0, 1.0]])
+    assert lost == pytest.approx(0.8), "a task whose answers are all invalid says nothing about knowledge"
+    found = m.summary(matrix, None, valid=valid)
+    assert (found["valid_output_rate"], found["accuracy_given_valid"]) == (pytest.approx(0.7), pytest.approx(0.775))
+    assert "valid_output_rate" not in m.summary(matrix, None)
+    with pytest.raises(ValueError, match="do not go together"):
+        m.accuracy_given_valid(matrix, [[0.5]])
