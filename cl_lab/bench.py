@@ -9,6 +9,9 @@
   beforehand, the fastest set-up found;
 - *bare*: a hand-written torch loop that does the same arithmetic on float32 tensors that were scaled beforehand.
 
+*prefix* fine-tunes a language model whose lower layers are frozen, running them every time and keeping what they make
+(``freeze`` with ``cache``); *fisher* is EWC's work after an experience, *startup* the time to a command's first word.
+
 All count training alone: every optimiser step, what a strategy does between experiences (Fisher, memory), nothing of
 making data, model and optimiser, and no evaluation. Accuracies are means over the test sets after the last experience.
 Contestants take turns within each repetition, so that a drift of the machine hits all alike; the median is reported.
@@ -19,7 +22,9 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.metadata
+import itertools
 import logging
+import math
 import os
 import random
 import statistics
@@ -42,8 +47,8 @@ from cl_lab.config import RunConfig, parse
 from cl_lab.errors import ConfigError, DataError, PluginError, UserError, nearest
 from cl_lab.learner import EngineLearner
 from cl_lab.models import Classifier, MLPBackbone
-from cl_lab.records import Experience, Stream, TensorData
-from cl_lab.trainer import Trainer
+from cl_lab.records import PAD, Experience, Stream, TensorData
+from cl_lab.trainer import Silent, Trainer
 
 log = logging.getLogger("cl_lab")
 
@@ -120,6 +125,9 @@ VMAP_SAMPLES = 1200
 """vmap runs on this many samples, and its time is scaled up linearly."""
 _VMAP_CHUNK = 16  # the fastest of 4 to 128: what fits the cache
 
+PREFIX = {"weights": "smollm2-135m", "layers": 20, "texts": 64, "tokens": 96, "batch_size": 16}
+"""The language model of *prefix*, its frozen layers, and the texts it learns: this many, of half to all of ``tokens``."""
+
 COMMANDS = (("--help",), ("list", "strategies"), ("show", "strategy", "ewc"), ("run", "--help"))
 """Command lines whose start is measured."""
 
@@ -129,7 +137,7 @@ def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]
 
     Times are medians over ``repeats``. Raises :class:`ConfigError` for an unknown name or a thread count below 1.
     """
-    known = [*WORKLOADS, "fisher", "startup"]
+    known = [*WORKLOADS, "fisher", "prefix", "startup"]
     if name not in known:
         raise ConfigError(f"bench: unknown benchmark '{name}'{nearest(name, known)}")
     if any(n < 1 for n in threads):
@@ -139,7 +147,11 @@ def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]
     before = torch.get_num_threads()
     rows = []
     try:
-        if name == "fisher":
+        if name == "prefix":
+            for n in threads:
+                torch.set_num_threads(n)
+                rows.append(_prefix(n, repeats))
+        elif name == "fisher":
             stream, data = _stream(replace(WORKLOADS["loop"], train_samples=FISHER_SAMPLES))
             for n in threads:
                 torch.set_num_threads(n)
@@ -481,6 +493,84 @@ def _fisher(stream: Stream, data: str, threads: int, repeats: int) -> dict[str, 
         "data": data,
         "repeats": repeats,
     }
+
+
+# -- frozen layers of a language model -----------------------------------------------------------------------------
+
+
+class _Epochs(Silent):
+    """When each epoch ended, and the loss over all of them."""
+
+    def __init__(self, per_epoch: int) -> None:
+        self.ends: list[float] = []
+        self._per_epoch = per_epoch
+
+    def stepped(self, experience: Experience, step: int, loss: float | None) -> None:
+        if step % self._per_epoch == 0:
+            self.ends.append(time.perf_counter())
+
+
+def _prefix(threads: int, repeats: int) -> dict[str, Any]:
+    """LoRA above frozen layers: seconds of the first epoch and, as a median, of later ones, with and without the cache."""
+    work: dict[str, Any] = PREFIX
+    texts, size = work["texts"], work["batch_size"]
+    row: dict[str, Any] = {"model": work["weights"], "frozen_layers": work["layers"], "threads": threads}
+    losses = {}
+    for cache in ("none", "memory"):
+        freeze = {"name": "freeze", "layers": work["layers"], "from_experience": 0, "cache": cache}
+        config = parse(
+            {
+                "scenario": {"name": "made-up"},
+                "model": {"name": "causal-lm", "weights": work["weights"]},
+                "strategy": freeze,
+                "training": {"epochs": 1 + repeats, "batch_size": size, "lr": 1e-3, "optimizer": "adamw"},
+                "engine": {"device": "cpu"},
+                "checkpoint": {"enabled": False},
+                "tracking": {"uri": None},
+                "seed": SEED,
+            },
+            "bench",
+        )
+        stream = _made_up_texts(texts, work["tokens"])
+        seeding.seed_everything(SEED)
+        model = registry.create("models", {"name": "causal-lm", "weights": work["weights"]}, "model").build(stream)
+        link = registry.create("strategies", freeze, "strategy")
+        chain, observer = Chain([link], ["freeze"], stream), _Epochs(math.ceil(texts / size))
+        learner = EngineLearner(chain.prepare(model, stream), stream, config.training, config.engine, SEED)
+        start = time.perf_counter()
+        record = Trainer(stream, learner, chain, config, SEED, observer=observer).run()
+        took = [b - a for a, b in itertools.pairwise([start, *observer.ends])]
+        label = "kept" if cache == "memory" else "run"
+        row |= {f"{label}_first_s": took[0], f"{label}_later_s": statistics.median(took[1:])}
+        losses[cache] = record.losses[-1]["loss"]
+    row["speedup_later"] = row["run_later_s"] / row["kept_later_s"]
+    row |= {"loss_run": losses["none"], "loss_kept": losses["memory"], "texts": texts, "repeats": repeats}
+    return row
+
+
+def _made_up_texts(texts: int, tokens: int) -> Stream:
+    """Random tokens of half to all of ``tokens`` in length, each with one of two answers."""
+    rng = seeding.generator(SEED, "bench")
+    x = torch.randint(256, (texts, tokens + 2), generator=rng, dtype=torch.int32)
+    start = torch.randint(tokens // 2 + 1, (texts,), generator=rng)
+    x[torch.arange(tokens + 2) < start[:, None]] = PAD
+    answers = torch.tensor([[5, 2], [6, 2]])
+    y = torch.arange(texts) % 2
+    x[:, tokens:] = answers[y].to(torch.int32)
+    x[0, tokens - 1] = 255  # the tiny model has as many tokens as the test set shows it
+    train = TensorData(x, y, torch.zeros_like(y))
+    one = Experience(0, "made-up", range(2), lambda: train, lambda: train.take(torch.arange(2)))
+    layout = {"prompt": (tokens,), "answer": (2,)}
+    return Stream(
+        "made-up",
+        (one,),
+        (tokens + 2,),
+        2,
+        objective="language",
+        layout=layout,
+        answers=answers,
+        scoring="first-token",
+    )
 
 
 def _fisher_by_vmap(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Tensor]:

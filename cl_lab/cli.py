@@ -255,13 +255,13 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="loop, online, resnet, fisher or startup.")],
+    name: Annotated[str, typer.Argument(help="loop, online, resnet, fisher, prefix or startup.")],
     threads: Annotated[list[int] | None, typer.Option(help="Thread counts to measure; default 1 and 2.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions; the median is reported.")] = 3,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Measure our loop against Avalanche's and a bare torch loop, in the same run."""
+    """Measure our loop against Avalanche's and a bare torch loop, and our shortcuts against the long way."""
     from cl_lab import bench as benchmarks
 
     _use_data_dir(data_dir)

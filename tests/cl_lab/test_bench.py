@@ -120,3 +120,12 @@ def test_unknown_names_and_threads_are_refused() -> None:
         bench.run("lop", [1], 1)
     with pytest.raises(ConfigError, match="threads = 0"):
         bench.run("loop", [0], 1)
+
+
+def test_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"weights": "tiny", "layers": 1, "texts": 20, "tokens": 8, "batch_size": 6}
+    monkeypatch.setattr(bench, "PREFIX", small)
+    (row,) = bench.run("prefix", [1], 2)
+    assert row["loss_kept"] == pytest.approx(row["loss_run"], rel=1e-4)
+    assert all(row[f"{way}_{epoch}_s"] > 0 for way in ("run", "kept") for epoch in ("first", "later"))
+    assert row["speedup_later"] == pytest.approx(row["run_later_s"] / row["kept_later_s"])
