@@ -7,15 +7,17 @@ the answer's places only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl_lab.adapters import LowRank
 from cl_lab.errors import ConfigError, nearest
 from cl_lab.hub import load_causal_lm, tiny_causal_lm
 from cl_lab.knobs import knob
@@ -241,6 +243,45 @@ class CausalLM(ModelSpec):
             target_modules=targets,
         )
         inject_adapter_in_model(config, model)
+
+
+def save_adapters(adapters: Mapping[str, LowRank], model: nn.Module, folder: Path, *, base: str = "") -> None:
+    """Write ``adapters`` (:meth:`~cl_lab.protocols.Strategy.adapters`) of a causal-lm ``model`` as one that PEFT reads.
+
+    ``PeftModel.from_pretrained(plain, folder)``, with ``plain`` the causal language model without adapters, then gives the
+    logits of the run. The factors stand beside each other in one adapter of their common rank R; ``lora_alpha`` is R too,
+    so PEFT's scaling is exactly 1 and every weight is inside ``B``. A layer of lower rank is filled up with zeros. ``base``
+    names the plain model in ``adapter_config.json``.
+
+    Raises :class:`ConfigError` where there is no adapter or the model is no causal-lm, and :class:`OSError` as writing does.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, CausalBackbone) or not adapters:
+        raise ConfigError(
+            f"export: {type(model).__name__} has no low-rank adapters to write; train model causal-lm with adapt: lora"
+        )
+    decoder: Any = backbone.model
+    inside = {path: f"{decoder.base_model_prefix}.{path.removeprefix('backbone.model.')}" for path in adapters}
+    rank = max(len(change.a) for change in adapters.values())
+    tensors: dict[str, Tensor] = {}
+    for path, change in adapters.items():
+        more, name = rank - len(change.a), f"base_model.model.{inside[path]}"
+        tensors[f"{name}.lora_A.weight"] = F.pad(change.a, (0, 0, 0, more)).contiguous()
+        tensors[f"{name}.lora_B.weight"] = F.pad(change.b, (0, more)).contiguous()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(inside.values()),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=base,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 def linear_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:

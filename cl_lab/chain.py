@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cl_lab.adapters import LowRank, low_rank
 from cl_lab.errors import ConfigError
 from cl_lab.protocols import Learner, Strategy
 from cl_lab.records import Batch, Experience, State, Stream, TensorData
@@ -26,6 +27,7 @@ _HOOKS = (
     "encoding",
     "encode",
     "predict",
+    "adapters",
     "penalty",
     "measures",
 )
@@ -35,6 +37,7 @@ _ALONE = {
     "learning_rate": "set the learning rate",
     "encode": "encode the samples",
     "predict": "decide how the model answers",
+    "adapters": "decide which adapters answer",
 }
 
 
@@ -161,6 +164,19 @@ class Chain:
             scores: Tensor = link.predict(batch, learner)
             return scores
         return learner.forward(batch)
+
+    def adapters(self, learner: Learner) -> dict[str, LowRank]:
+        """Raises :class:`ConfigError` where a link's answers are not those of any adapters."""
+        for name, link in zip(self.names, self.links, strict=True):
+            if any(link is a for a in self._active["predict"]) and all(link is not a for a in self._active["adapters"]):
+                raise ConfigError(
+                    f"strategy '{name}' answers in place of the model, so no adapter gives its answers; export a run of a "
+                    "strategy whose model answers itself, for example naive"
+                )
+        for link in self._active["adapters"]:
+            made: dict[str, LowRank] = link.adapters(learner)
+            return made
+        return low_rank(learner.replica())
 
     def penalty(self, learner: Learner) -> float:
         return float(sum(link.penalty(learner) for link in self._active["penalty"]))

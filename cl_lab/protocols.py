@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from cl_lab.adapters import LowRank, low_rank
 from cl_lab.records import Batch, Experience, Objective, State, Stream, TensorData
 
 
@@ -215,6 +216,13 @@ class Strategy:
     def predict(self, batch: Batch, learner: Learner) -> Tensor:
         """Scores ``[B, n_classes]`` whose highest is the answer; by default the model's logits. Without gradients."""
         return learner.forward(batch)
+
+    def adapters(self, learner: Learner) -> dict[str, LowRank]:
+        """The low-rank adapters with which the model answers as :meth:`predict` does, by path of the layer; for export.
+
+        By default those in the model itself; of a model that has none, an empty dictionary.
+        """
+        return low_rank(learner.replica())
 
     def penalty(self, learner: Learner) -> float:
         """The value of the analytic penalty whose gradient :meth:`adjust_gradients` adds, for the log."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cl_lab.adapters import LowRank, low_rank
 from cl_lab.protocols import Learner
 from cl_lab.records import Batch, State
 
@@ -71,6 +72,10 @@ class Teacher:
         finally:
             handle.remove()
         return logits, seen[-1].float()
+
+    def adapters(self, learner: Learner) -> dict[str, LowRank]:
+        """Its low-rank adapters by path of the layer, as :meth:`cl_lab.protocols.Strategy.adapters` gives them."""
+        return low_rank(self._ready(learner))
 
     def _ready(self, learner: Learner) -> nn.Module:
         if self._module is None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl_lab.adapters import LowRank
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner
 from cl_lab.records import PAD, Batch, Objective, State
@@ -102,6 +103,11 @@ class ILoRA(Rehearsal):
             self._slow.take_buffers(learner)
             self._looked = self._steps
         return self._slow.outputs(batch, learner)
+
+    def adapters(self, learner: Learner) -> dict[str, LowRank]:
+        if self.serve == "fast" or not self._slow:
+            return super().adapters(learner)
+        return self._slow.adapters(learner)
 
     def state_dict(self) -> State:
         return super().state_dict() | {"slow": self._slow.state_dict(), "steps": self._steps}

@@ -15,7 +15,7 @@ PACKAGES = ("cl_lab", "strategies", "scenarios")
 # Modules of the core from the ground up; a module imports only from its own layer or below.
 LAYERS = [
     {"cl_lab", "cl_lab.errors", "cl_lab.compat", "cl_lab.files"},
-    {"cl_lab.hub", "cl_lab.records", "cl_lab.knobs", "cl_lab.environment"},
+    {"cl_lab.hub", "cl_lab.records", "cl_lab.knobs", "cl_lab.environment", "cl_lab.adapters"},
     {"cl_lab.protocols", "cl_lab.seeding", "cl_lab.display", "cl_lab.checkpoint", "cl_lab.metrics"},
     {
         "cl_lab.config",
@@ -43,6 +43,7 @@ LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in mod
 
 # What a plug-in may lean on.
 LEAVES = {
+    "cl_lab.adapters",
     "cl_lab.compat",
     "cl_lab.errors",
     "cl_lab.files",
