@@ -181,6 +181,25 @@ def report(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path | None, typer.Option(help="Where to; default the folder export in the run's.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Write what a run has learnt for use elsewhere: an adapter that PEFT loads, or weights as safetensors."""
+    from cl_lab.experiment import export as export_run
+
+    _use_data_dir(data_dir)
+    made = export_run(run, out or run / "export")
+    if as_json:
+        _print_json(made)
+        return
+    use = f"PeftModel.from_pretrained(model, '{made['path']}')" if made["format"] == "peft" else "weights.safetensors"
+    typer.echo(f"{made['path']}: {made['format']}, after {made['experiences']} experiences; {use}")
+
+
+@app.command()
 def ui(
     uri: Annotated[str, typer.Option(help="MLflow tracking URI.")] = "sqlite:///mlruns.db",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 5000,

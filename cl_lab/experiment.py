@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_lab import environment, registry
-from cl_lab.config import PluginConfig, RunConfig, StrategyConfig, dump, label_of, parse
+from cl_lab.config import EngineConfig, PluginConfig, RunConfig, StrategyConfig, dump, label_of, parse
 from cl_lab.errors import ConfigError, Interrupted, UserError
 from cl_lab.launch import is_rank, run_ranks, stop_on_signals, world_size
 
@@ -79,6 +79,48 @@ def read_document(folder: Path) -> dict[str, Any] | None:
     return document
 
 
+def export(folder: Path, to: Path) -> dict[str, Any]:
+    """Write what the run in ``folder`` has learnt, as its newest checkpoint holds it, to the folder ``to``.
+
+    Of a language model with low-rank adapters that is one adapter in PEFT's format, with which
+    ``PeftModel.from_pretrained(model, to)`` answers as the run does; of any other model ``weights.safetensors``, every
+    parameter and buffer by name. Returns ``{"format", "path", "experiences"}``: ``peft`` or ``weights``, and after how many
+    experiences. The run stays as it is. Raises :class:`UserError` where there is no run or no checkpoint of it, where no
+    adapter gives the strategy's answers, and where ``to`` cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    from cl_lab import checkpoint
+    from cl_lab.adapters import adapted_layers
+    from cl_lab.causal_lm import save_adapters
+    from cl_lab.hub import find_model
+
+    config = saved_config(folder)
+    if config.strategy is None:
+        raise UserError(f"export: '{folder}' holds a comparison; name one of its runs, for example {folder}/runs/…")
+    found = checkpoint.load_newest(folder / "checkpoints")
+    if found is None:
+        raise UserError(f"export: '{folder}' holds no checkpoint; run it with checkpoint.enabled=true")
+    alone = config.model_copy(update={"engine": EngineConfig()})
+    trainer = _Run(alone, folder, label_of(config.strategy), None, None, leader=False, resume=True).build()
+    trainer.load_state_dict(found[0])
+    model, chain = trainer.learner.model, trainer.strategy
+    done = {"path": str(to), "experiences": len(trainer.record.matrix)}
+    try:
+        if adapted_layers(model):
+            weights = str(config.model.knobs.get("weights", "smollm2-135m"))
+            base = "" if weights == "tiny" else find_model(weights)
+            save_adapters(chain.adapters(trainer.learner), model, to, base=base)
+            return {"format": "peft", **done}
+        if chain.overrides("predict"):
+            log.warning("export: %s answers in place of the model; its weights alone do not", config.strategy.name)
+        to.mkdir(parents=True, exist_ok=True)
+        save_file({n: w.contiguous() for n, w in trainer.learner.weights().items()}, to / "weights.safetensors")
+    except OSError as error:
+        raise UserError(f"export: cannot write to '{to}' ({error.strerror}); choose another with --out") from error
+    return {"format": "weights", **done}
+
+
 class _Run:
     """The life of one run in one process (or one rank)."""
 
@@ -125,7 +167,9 @@ class _Run:
     def execute(self) -> dict[str, Any]:
         try:
             self._track()
-            trainer = self._build()
+            trainer = self.build()
+            if self.resume:
+                self._restore(trainer)
             with stop_on_signals() as stop:
                 trainer.stop = stop
                 record = trainer.run()
@@ -159,10 +203,11 @@ class _Run:
         self.document["run_id"] = run_id or self.document["run_id"] or self.folder.name
         self._write()
 
-    def _build(self) -> Any:
+    def build(self) -> Any:
+        """The trainer of this run, before its first step; what is known of the stream enters the document."""
         import torch
 
-        from cl_lab import checkpoint, seeding
+        from cl_lab import seeding
         from cl_lab.chain import Chain
         from cl_lab.latents import put_through
         from cl_lab.learner import EngineLearner
@@ -207,19 +252,21 @@ class _Run:
                 for e in raw.experiences
             ],
         }
+        return Trainer(stream, learner, chain, c, c.seed, observer=self, checkpoints=self.folder / "checkpoints")
+
+    def _restore(self, trainer: Any) -> None:
+        from cl_lab import checkpoint
+
         folder = self.folder / "checkpoints"
-        trainer = Trainer(stream, learner, chain, c, c.seed, observer=self, checkpoints=folder)
-        if self.resume:
-            found = checkpoint.load_newest(folder)
-            if found is None:
-                log.info("no checkpoint in %s yet; starting from the beginning", folder)
-            else:
-                self.document["resumed"] += 1
-                trainer.load_state_dict(found[0])
-                log.info("resuming from %s", found[1])
-                if self.leader:
-                    self._write()
-        return trainer
+        found = checkpoint.load_newest(folder)
+        if found is None:
+            log.info("no checkpoint in %s yet; starting from the beginning", folder)
+            return
+        self.document["resumed"] += 1
+        trainer.load_state_dict(found[0])
+        log.info("resuming from %s", found[1])
+        if self.leader:
+            self._write()
 
     # --- observing the trainer ------------------------------------------------------------------------------------
 
