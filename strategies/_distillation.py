@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from cl_lab.adapters import LowRank, low_rank
 from cl_lab.protocols import Learner
-from cl_lab.records import Batch, State
+from cl_lab.records import PAD, Batch, State
 
 _IMPOSSIBLE = -1e30  # in place of -inf, whose differences are NaN; softmax makes exactly 0 of either
 
@@ -131,6 +131,13 @@ class Unmasked:
         """The unmasked outputs of the latest pass, or ``None`` where that pass did not give ``outputs``."""
         latest, self._pass = self._pass, None
         return latest[1] if latest is not None and latest[0].data_ptr() == outputs.data_ptr() else None
+
+
+def answer_places(batch: Batch, learner: Learner) -> Tensor:
+    """Where the answers of a batch of texts have tokens, ``[B, A]`` bool."""
+    answers = learner.stream.answers
+    assert answers is not None
+    return answers.to(batch.y.device)[batch.y] != PAD
 
 
 def divergence(logits: Tensor, target: Tensor, temperature: float) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor
 from cl_lab.adapters import LowRank
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner
-from cl_lab.records import PAD, Batch, Objective, State
+from cl_lab.records import Batch, Objective, State
 
-from ._distillation import Teacher
+from ._distillation import Teacher, answer_places
 from ._rehearsal import Rehearsal, join
 
 
@@ -85,7 +85,7 @@ class ILoRA(Rehearsal):
             apart = apart.clamp(min=0)
         distance = apart.square().mean(-1)
         if distance.dim() == 2:
-            said = _places(old, learner)[:, : distance.shape[1]]
+            said = answer_places(old, learner)[:, : distance.shape[1]]
             distance = (distance * said).sum(1) / said.sum(1)
         # A mean over the remembered rows of the whole step, as one over all rows, most of them zero.
         return loss + self.strength * learner.average(F.pad(distance / self._share, (start, 0)), batch)
@@ -118,10 +118,3 @@ class ILoRA(Rehearsal):
         assert isinstance(steps, int)
         self._steps = steps
         self._slow.load_state_dict(state["slow"])
-
-
-def _places(batch: Batch, learner: Learner) -> Tensor:
-    """Where the answers of a batch of texts have tokens, ``[B, A]`` bool."""
-    answers = learner.stream.answers
-    assert answers is not None
-    return answers.to(batch.y.device)[batch.y] != PAD
