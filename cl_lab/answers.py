@@ -28,13 +28,19 @@ def find_answers(batch: Batch, say: Say, stream: Stream) -> Tensor:
     As :attr:`Stream.scoring` says: ``generation`` takes the likeliest token after another until the answer's end, and is
     right only where all tokens are those of an answer; ``constrained`` takes the task's answer with the highest
     log-probability, its end included, so that a long answer is not put before its own beginning; ``first-token`` the
-    task's answer whose first token is the likeliest. What stands in the answer's columns of ``batch`` is not looked at.
+    task's answer whose first token is the likeliest; ``opening`` the right answer where it begins with the likeliest of all
+    tokens. What stands in the answer's columns of ``batch`` is not looked at. ``generation`` stops where the longest right
+    answer of the batch would have ended: what goes on is wrong, and found among the answers only up to that length.
     """
     assert stream.answers is not None
     answers = stream.answers.to(batch.x.device)
     prompt = stream.layout["prompt"][0]
     if stream.scoring == "generation":
         return _generate(batch, say, answers, prompt)
+    if stream.scoring == "opening":
+        best, token = say(_asked(batch, prompt))[:, 0].float().max(1)
+        found = torch.where(token == answers[batch.y, 0], batch.y, NONE)
+        return torch.where(best.isfinite(), found, BROKEN)
     found = torch.full_like(batch.y, NONE)
     scores = _first_tokens if stream.scoring == "first-token" else _likelihoods
     for task in batch.t.unique().tolist():
@@ -80,8 +86,11 @@ def _likelihoods(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor
 
 
 def _generate(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
-    n, longest = len(batch), answers.shape[1]
-    ends = answers.gather(1, (answers != PAD).sum(1, keepdim=True) - 1).unique()  # the end-of-text token
+    lengths = (answers != PAD).sum(1)
+    ends = answers.gather(1, lengths[:, None] - 1).unique()  # the end-of-text token
+    # A stream may hold whole texts beside short answers: neither the time nor the memory for those is spent here.
+    n, longest = len(batch), int(lengths[batch.y].max())
+    short = (lengths <= longest).nonzero().squeeze(1)
     written = torch.full((n, longest), PAD, dtype=torch.int64, device=batch.x.device)
     going = torch.ones(n, dtype=torch.bool, device=batch.x.device)
     broken = torch.zeros_like(going)
@@ -92,6 +101,6 @@ def _generate(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
         going = going & ~torch.isin(token, ends)
         if not going.any():
             break
-    same = (written[:, None] == answers).all(2)  # [B, K]
-    found = torch.where(same.any(1), same.int().argmax(1), NONE)
+    same = (written[:, None] == answers[short, :longest]).all(2)  # [B, K]
+    found = torch.where(same.any(1), short[same.int().argmax(1)], NONE)
     return torch.where(broken, BROKEN, found)

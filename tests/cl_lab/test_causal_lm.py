@@ -190,7 +190,10 @@ def test_targets_are_found_by_structure(patterns: list[str], count: int) -> None
     [
         ({"lora_targets": ["qproj"]}, "'qproj' matches no linear layer; did you mean 'q_proj'"),
         ({"lora_targets": ["layers.1.q_proj"]}, "matches no linear layer"),
-        ({"frozen": "model.layers.0"}, "scoring 'generation' reads on from answers; set scenario.scoring=first-token"),
+        (
+            {"frozen": "model.layers.0"},
+            "scoring 'generation' reads on from answers; set scenario.scoring=first-token or",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(stream: Stream, knobs: dict[str, Any], says: str) -> None:
