@@ -106,7 +106,7 @@ def test_only_answers_of_the_task_are_taken(scoring: Scoring) -> None:
     assert find_answers(asked(on, part=0), saying([13, 1]), on).max() <= 1
 
 
-@pytest.mark.parametrize("scoring", ["generation", "constrained", "first-token"])
+@pytest.mark.parametrize("scoring", ["generation", "constrained", "first-token", "opening"])
 def test_outputs_that_are_not_finite_are_no_answer(scoring: Scoring) -> None:
     on = toys.stream(form="texts", scoring=scoring)
 
@@ -133,3 +133,30 @@ def test_a_language_stream_says_what_it_needs() -> None:
         replace(on, n_classes=on.n_classes + 1)
     assert on.chance is None
     assert replace(on, scoring="constrained").chance == 1 / toys.CLASSES
+    assert replace(on, scoring="opening").chance is None
+
+
+@pytest.mark.parametrize(("said", "found"), [(10, [0, NONE, 0, NONE]), (11, [NONE, 1, NONE, 1]), (12, [NONE] * 4)])
+def test_an_opening_is_right_where_the_likeliest_token_begins_the_right_answer(said: int, found: list[int]) -> None:
+    on = toys.stream(form="texts", scoring="opening")
+    batch = asked(on)
+    assert batch.y.tolist() == [0, 1, 0, 1]
+    assert find_answers(batch, saying([said, 5]), on).tolist() == found
+    assert not on.reads_on
+    assert replace(on, scoring="generation").reads_on
+
+
+def test_writing_stops_where_the_longest_right_answer_would_have_ended() -> None:
+    """A stream may hold whole texts beside short answers: nobody waits for a model that writes on and on."""
+    on = toys.stream(form="texts")
+    batch = asked(on).rows(torch.tensor([1, 3]), None)
+    calls = []
+
+    def say(batch: Batch) -> Tensor:
+        calls.append(int((batch.x[0, toys.PROMPT :] != PAD).sum()))
+        return saying([11, 9, 9])(batch)
+
+    assert batch.y.tolist() == [1, 1]
+    assert find_answers(batch, say, on).tolist() == [NONE, NONE]
+    assert calls == [0, 1], "the answer is one token and its end"
+    assert find_answers(batch, saying([13, 1]), on).tolist() == [3, 3], "another's answer is still known"
