@@ -49,13 +49,13 @@ class Biography(Scenario):
     hard first-token accuracy, for which the answer is not written out: the likeliest of all tokens is the right first one.
     To choose among listed answers is not offered: there are as many birthdays as people.
 
-    All depends on ``data_seed`` alone. Sizes of lists may be lowered for small models, as one that meets a word of a name
-    in three texts only learns little of it; the defaults, and the most there can be, are the paper's (264 companies here).
+    All depends on ``data_seed`` alone. Sizes of lists may be lowered for small models and few people, who would share no
+    word of a name otherwise; the defaults, and the most there can be, are the paper's (264 companies here).
 
     A sample is int32 ``[P + A]``, prompt and answer; before every prompt stands the end-of-text token, which is the whole
-    prompt of a text to be read. ``tokenizer=words`` has the words, marks and numbers of this world as tokens, about 2,900
+    prompt of a text to be read. ``tokenizer=words`` has the words, marks and numbers of this world as tokens, about 2,400
     at full size, and needs a model of that vocabulary: ``{name: causal-lm, weights: tiny, adapt: full, …}``. Texts to be
-    read stand in the stream's table of answers: ten bytes a token in all, so that the paper's size takes some GB.
+    read stand in the stream's table of answers, too: about twenty bytes a token in all, 0.7 GB at the paper's size.
     """
 
     memorised: ClassVar[bool] = True
