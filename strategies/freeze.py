@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner, Strategy
-from cl_lab.records import Experience, State
+from cl_lab.records import OBJECTIVES, Experience, Objective, State
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Freeze(Strategy):
     """
 
     needs_boundaries: ClassVar[bool] = True
+    objectives: ClassVar[frozenset[Objective]] = OBJECTIVES
 
     modules: list[str] = knob(doc="module or parameter paths to freeze, with wildcards per segment", min_length=1)
     from_experience: int = knob(1, doc="index of the first experience during which they are frozen", ge=0)
