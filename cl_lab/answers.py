@@ -28,18 +28,22 @@ def find_answers(batch: Batch, say: Say, stream: Stream) -> Tensor:
     As :attr:`Stream.scoring` says: ``generation`` takes the likeliest token after another until the answer's end, and is
     right only where all tokens are those of an answer; ``constrained`` takes the task's answer with the highest
     log-probability, its end included, so that a long answer is not put before its own beginning; ``first-token`` the
-    task's answer whose first token is the likeliest. What stands in the answer's columns of ``batch`` is not looked at.
+    task's answer whose first token is the likeliest; ``opening`` the right answer where it begins with the likeliest of all
+    tokens. What stands in the answer's columns of ``batch`` is not looked at.
 
-    Where the stream has few answers, ``generation`` need not write: all of them stand behind the prompt at once, and the one
-    that would be written, if any, is that whose every token is the likeliest behind those before it.
+    What ``generation`` writes is looked for among the answers of the batch's tasks alone, and writing stops where the
+    longest of these would have ended. Where they are few it need not write: all of them stand behind the prompt at once, and
+    the one that would be written, if any, is that whose every token is the likeliest behind those before it.
     """
     assert stream.answers is not None
     answers = stream.answers.to(batch.x.device)
     prompt = stream.layout["prompt"][0]
     if stream.scoring == "generation":
-        k, longest = answers.shape
-        few = k * longest <= (longest - 1) * prompt  # columns in one pass against those of a pass for each token
-        return (_compare if few else _write)(batch, say, answers, prompt)
+        return _freely(batch, say, answers, prompt, stream)
+    if stream.scoring == "opening":
+        best, token = say(_asked(batch, prompt))[:, 0].float().max(1)
+        found = torch.where(token == answers[batch.y, 0], batch.y, NONE)
+        return torch.where(best.isfinite(), found, BROKEN)
     found = torch.full_like(batch.y, NONE)
     scores = _first_tokens if stream.scoring == "first-token" else _likelihoods
     for task in batch.t.unique().tolist():
@@ -88,6 +92,17 @@ def _likelihoods(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor
         picked = said.log_softmax(3).gather(3, given).squeeze(3)
         values.append((picked * (tokens != PAD)).sum(2))
     return torch.cat(values, 1)
+
+
+def _freely(batch: Batch, say: Say, answers: Tensor, prompt: int, stream: Stream) -> Tensor:
+    tasks = batch.t.unique().tolist()
+    classes = sorted({c for task in tasks for c in stream.experiences[task].classes})
+    own = torch.tensor(classes, device=answers.device)
+    longest = int((answers[own] != PAD).sum(1).max())  # a stream may hold whole texts beside short answers
+    # Columns of one pass against those of a pass for each token.
+    few = len(own) * answers.shape[1] <= (longest - 1) * prompt
+    found = _compare(batch, say, answers[own], prompt) if few else _write(batch, say, answers[own, :longest], prompt)
+    return torch.where(found >= 0, own[found.clamp(min=0)], found)
 
 
 def _compare(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:

@@ -152,8 +152,9 @@ class CausalLM(ModelSpec):
     """A causal language model that answers prompts, for streams of texts: adapted by LoRA, or trained whole.
 
     ``weights`` is a model that ``cl-lab fetch model`` knows (``smollm2-135m``), a local folder, a GGUF file, an id of the
-    Hugging Face hub, or ``tiny``: a random Llama of two layers for trying things out. Nothing is unpickled and no code that
-    comes with a model is run, unless ``trust_remote_code`` says so.
+    Hugging Face hub, or ``tiny``: a random Llama over the stream's own vocabulary, to be trained from the beginning
+    (``adapt=full``). ``layers``, ``width`` and ``heads`` are its size (2, 32 and 2 where they are not given); other weights
+    have theirs. Nothing is unpickled and no code that comes with a model is run, unless ``trust_remote_code`` says so.
 
     LoRA (Hu et al. 2022, arXiv 2106.09685) adds ``(α/r)·BA`` to each target's weight; A and B alone are trained. A target is
     the last part of a module's path (``q_proj``) or a whole path with wildcards (``model.layers.[0-9].self_attn.*_proj``),
@@ -163,6 +164,9 @@ class CausalLM(ModelSpec):
     parts: ClassVar[tuple[str, ...]] = ("prompt", "answer")
 
     weights: str = knob("smollm2-135m", "fetched model, local folder, GGUF file, hub id, or tiny: a random model")
+    layers: int | None = knob(None, "weights=tiny: number of layers; null: 2", ge=1)
+    width: int | None = knob(None, "weights=tiny: length of a hidden state; null: 32", ge=2)
+    heads: int | None = knob(None, "weights=tiny: heads of attention; null: 2", ge=1)
     adapt: Literal["lora", "full"] = knob("lora", "train low-rank adapters, or every weight")
     lora_rank: int = knob(8, "r, the rank of each adapter", ge=1)
     lora_alpha: float = knob(16.0, "α: an adapter counts α/r times", gt=0)
@@ -181,6 +185,18 @@ class CausalLM(ModelSpec):
     def conformance_knobs(cls) -> dict[str, Any]:
         return {"weights": _TINY}
 
+    def __post_init__(self) -> None:
+        for name in self._size():
+            if self.weights != _TINY:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)}: the model '{self.weights}' has a size of its own; leave it out, or "
+                    f"set weights={_TINY}"
+                )
+
+    def _size(self) -> dict[str, int]:
+        """What is given of a tiny model's size."""
+        return {n: v for n in ("layers", "width", "heads") if (v := getattr(self, n)) is not None}
+
     def build(self, stream: Stream) -> Classifier:
         """The model with its adapters.
 
@@ -195,7 +211,8 @@ class CausalLM(ModelSpec):
         highest = int(stream.answers.max())
         model: Any
         if self.weights == _TINY:
-            model = tiny_causal_lm(max(highest, *(int(e.test.x.max()) for e in stream.experiences)) + 1)
+            seen = max(highest, *(int(e.test.x.max()) for e in stream.experiences)) + 1
+            model = tiny_causal_lm(stream.vocabulary or seen, context=sum(stream.input_shape), **self._size())
         else:
             model = load_causal_lm(self.weights, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         vocabulary, longest = model.get_output_embeddings().weight.shape[0], sum(stream.input_shape)
@@ -210,10 +227,10 @@ class CausalLM(ModelSpec):
                 f"model.weights = '{self.weights}': reads {context} tokens, but prompt and answer of stream '{stream.name}' "
                 f"take up to {longest}; lower scenario.max_prompt"
             )
-        if self.frozen is not None and stream.scoring != "first-token":
+        if self.frozen is not None and stream.reads_on:
             raise ConfigError(
                 f"model.frozen = '{self.frozen}': texts pass these layers once, but scoring '{stream.scoring}' reads on "
-                "from answers; set scenario.scoring=first-token, or leave model.frozen out"
+                "from answers; set scenario.scoring=first-token or opening, or leave model.frozen out"
             )
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

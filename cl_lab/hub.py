@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -364,8 +365,10 @@ def load_causal_lm(name: str, *, dtype: str = "float32", trust_remote_code: bool
     return made
 
 
-def tiny_causal_lm(vocabulary: int, *, layers: int = 2, width: int = 32, heads: int = 2) -> nn.Module:
-    """A small random ``LlamaForCausalLM`` in evaluation mode, embedding and head tied, that reads up to 512 tokens.
+def tiny_causal_lm(
+    vocabulary: int, *, layers: int = 2, width: int = 32, heads: int = 2, context: int = 512
+) -> nn.Module:
+    """A small random ``LlamaForCausalLM`` in evaluation mode, embedding and head tied, that reads ``context`` tokens.
 
     The weights are drawn from torch's global generator. Raises :class:`ConfigError` for a width that does not divide into
     heads of even size.
@@ -383,9 +386,10 @@ def tiny_causal_lm(vocabulary: int, *, layers: int = 2, width: int = 32, heads: 
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         tie_word_embeddings=True,
-        initializer_range=0.1,  # at the usual 0.02 so narrow a model says nearly the same of every token
+        # At the usual 0.02 a model of width 32 says nearly the same of every token; one of width 768 gets it.
+        initializer_range=0.1 * math.sqrt(32 / width),
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,

@@ -246,6 +246,8 @@ class Scenario:
 
     argument: ClassVar[str | None] = None
     """The knob that ``name: plugin:value`` sets (``avalanche:SplitOmniglot`` sets ``benchmark``)."""
+    memorised: ClassVar[bool] = False
+    """Some experiences are tested on their own training samples, all of them, because memory is what they measure."""
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any] | None:

@@ -20,8 +20,11 @@ Objective = Literal["classification", "regression", "language"]
 """What a stream asks for: the right one of several outputs, one real number, or a text that answers a text."""
 OBJECTIVES: frozenset[Objective] = frozenset({"classification", "regression", "language"})
 
-Scoring = Literal["generation", "constrained", "first-token"]
-"""How an answer in words is found: written freely, the likeliest of the task's answers, or that by its first token."""
+Scoring = Literal["generation", "constrained", "first-token", "opening"]
+"""How an answer in words is found: written freely, the likeliest of the task's answers, or that by its first token.
+
+*opening* asks less: whether the likeliest of all tokens is the one that the right answer begins with.
+"""
 PAD = -1
 """What stands in a row of tokens where there is none: no vocabulary has it, so no tokenizer needs a pad token."""
 
@@ -234,7 +237,9 @@ class Stream:
     its right edge, and behind it an ``answer``, which begins at its left edge; :data:`PAD` fills the rest. ``answers``
     ``[n_classes, longest]`` int64 holds every answer of the stream, each ended by the end-of-text token, then :data:`PAD`; a
     label is a row of it, and an experience's classes are the answers of its task. Only the answer is learnt; ``scoring``
-    says how the model's own is found on test sets. ``t`` is the index of the experience a sample comes from.
+    says how the model's own is found on test sets. ``t`` is the index of the experience a sample comes from. Texts to be
+    read rather than answered are answers, too, behind a prompt that holds nothing but the end-of-text token.
+    ``vocabulary`` is one more than the highest token that may come, where that is known.
     """
 
     name: str
@@ -250,6 +255,7 @@ class Stream:
     layout: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     answers: Tensor | None = None
     scoring: Scoring = "generation"
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         parts = sum(math.prod(shape) for shape in self.layout.values())
@@ -295,13 +301,18 @@ class Stream:
         return "negative squared error" if self.objective == "regression" else "accuracy"
 
     @property
+    def reads_on(self) -> bool:
+        """Whether answers are found by reading on from tokens of the answer, not by what follows the prompt alone."""
+        return self.objective == "language" and self.scoring in ("generation", "constrained")
+
+    @property
     def chance(self) -> float | None:
         """The accuracy of guessing: one in all outputs, or one in a task's own where the task is told.
 
-        ``None`` for a regression and for answers that are written freely, where guessing has no score of its own.
+        ``None`` for a regression and where any token may be said, as guessing has no score of its own there.
         """
         language = self.objective == "language"
-        if self.objective == "regression" or (language and self.scoring == "generation"):
+        if self.objective == "regression" or (language and self.scoring in ("generation", "opening")):
             return None
         if not (self.task_labels or language):  # of texts the likeliest of the task's answers is taken
             return 1 / self.n_classes

@@ -24,6 +24,7 @@ from cl_lab.seeding import generator, permutation
 from . import _cache
 from ._orders import limit_rows
 from ._texts import ORDERS, TEMPLATES, Row, Task, Template, Texts, find_tasks, held_out, load_template
+from ._tokens import ragged, space_between, tokens_behind
 from .image_folder import place_of
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class TextStream(Scenario):
     scoring: Scoring = knob(
         "generation",
         "generation: the model writes its answer; constrained: the likeliest of the task's labels; first-token: the label "
-        "with the likeliest first token",
+        "with the likeliest first token; opening: right where the likeliest token of all begins the right answer",
     )
     train_samples: int | None = knob(
         None, "training rows per task, equally many of each label, drawn with the run's seed; null: all", ge=1
@@ -149,7 +150,7 @@ class TextStream(Scenario):
             order = permutation(len(tasks), seed if self.order_seed is None else self.order_seed, "tasks")
             tasks = [tasks[i] for i in order.tolist()]
         sets = [_TokenSet(task.name, self._tokens(task, tokenizer)) for task in tasks]
-        if self.scoring != "generation":
+        if self.scoring in ("constrained", "first-token"):
             for one in sets:
                 if not one.fact("labelled"):
                     raise ConfigError(
@@ -188,6 +189,7 @@ class TextStream(Scenario):
             layout={"prompt": (prompt,), "answer": (longest,)},
             answers=table,
             scoring=self.scoring,
+            vocabulary=tokenizer.size,
         )
 
     def _tokens(self, task: Task, tokenizer: Tokenizer) -> Arrays:
@@ -355,10 +357,7 @@ def _tokenised(
     """The arrays of a task; ``limits`` are the tokens of a prompt and of an answer."""
     before, after = template.around(task, texts.labels)
     wrap = tokenizer.chat if chat else str
-    gap = "" if wrap(f"{before}x{after}")[-1:].isspace() else " "
-    space, joined = tokenizer.encode_all(["Answer: ", "Answer: a"])
-    apart = gap if joined[: len(space)] == space else ""  # not joined with the word behind it: it ends the prompt
-    gap = "" if apart else gap
+    apart, gap = ("", "") if wrap(f"{before}x{after}")[-1:].isspace() else space_between(tokenizer)
 
     def word(text: str) -> str:
         return wrap(f"{before}{text}{after}") + apart
@@ -378,9 +377,9 @@ def _tokenised(
     for part, rows in (("train", texts.train), ("test", texts.test)):
         prompts, facts[f"{part}_cut"] = _prompts(task, [row.text for row in rows], word, tokenizer, limits[0])
         facts[f"{part}_short"] = sum(row.answer in cut_answers for row in rows)
-        arrays[f"{part}_tokens"], arrays[f"{part}_starts"] = _ragged(prompts)
+        arrays[f"{part}_tokens"], arrays[f"{part}_starts"] = ragged(prompts)
         arrays[f"{part}_y"] = np.array([number[row.answer] for row in rows], np.int64)
-    arrays["answer_tokens"], arrays["answer_starts"] = _ragged(list(numbers))
+    arrays["answer_tokens"], arrays["answer_starts"] = ragged(list(numbers))
     arrays["train_place"] = np.array([_hold_out_place(row) for row in texts.train])
     arrays["facts"] = np.array([facts[name] for name in _FACTS], np.int64)
     return arrays
@@ -391,22 +390,11 @@ def _hold_out_place(row: Row) -> float:
     return place_of(f"holdout\n{row.text}")
 
 
-def _ragged(rows: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """All tokens one behind the other, and where each row starts."""
-    starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return np.fromiter((t for row in rows for t in row), np.int32, int(starts[-1])), starts
-
-
 def _answers(
     task: Task, answers: Sequence[str], labels: bool, gap: str, tokenizer: Tokenizer, limit: int
 ) -> tuple[list[tuple[int, ...]], set[str]]:
     """The tokens of each answer as it stands behind a prompt, with the end-of-text token; and which were cut."""
-    context = "Answer:" if gap else "\n"
-    head = tokenizer.encode(context)
-    behind = tokenizer.encode_all([f"{context}{gap}{a}" for a in answers])
-    alone = tokenizer.encode_all([f"{gap}{a}" for a in answers])
-    # Some tokenizers begin every text with a mark; behind a prompt there is none.
-    tokens = [b[len(head) :] if b[: len(head)] == head else a for a, b in zip(alone, behind, strict=True)]
+    tokens = tokens_behind(tokenizer, gap, answers)
     long = {a: len(t) + 1 for a, t in zip(answers, tokens, strict=True) if len(t) >= limit}
     if labels and long:
         worst = max(long, key=long.__getitem__)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cl_lab.errors import ConfigError
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner
-from cl_lab.records import Experience, State
+from cl_lab.records import Experience, Objective, State, Stream, TensorData
 
 from . import _fisher
 from ._quadratic import QuadraticPull
@@ -28,9 +29,13 @@ class EWC(QuadraticPull):
     so that any number of past experiences costs one running quadratic: two numbers per parameter. *online* keeps
     ``A ← γ A + F_t`` with ``θ̄ = θ*_t``. Its gradient ``λ A (θ − θ̄)`` is added between backward and step; elementwise, so
     the same under every engine. ``strength`` is not transferable between Fisher variants or between sample counts.
+
+    An answer in words has a label for each of its tokens. There ``fisher=batched`` squares the gradient of the loss that
+    is trained, over ``fisher_batch_size`` rows at a time; with 1 that is the empirical Fisher, a row counting as a sample.
     """
 
     needs_boundaries: ClassVar[bool] = True
+    objectives: ClassVar[frozenset[Objective]] = frozenset({"classification", "language"})
 
     strength: float = knob(100.0, doc="λ, the weight of the penalty λ/2·F(θ−θ*)²", ge=0)
     mode: Literal["separate", "online"] = knob("separate", doc="a penalty per past experience, or one that decays")
@@ -49,6 +54,14 @@ class EWC(QuadraticPull):
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
         return {"strength": 5.0}  # a step must not overshoot: lr · λ · F < 2
+
+    def prepare(self, model: nn.Module, stream: Stream) -> nn.Module:
+        if stream.objective == "language" and self.fisher != "batched":
+            raise ConfigError(
+                f"fisher = '{self.fisher}': asks for the one label of a sample, but an answer in words has many; set "
+                "fisher=batched"
+            )
+        return super().prepare(model, stream)
 
     @property
     def stiffness(self) -> float:
@@ -80,6 +93,8 @@ class EWC(QuadraticPull):
         data = experience.train
         if self.fisher_samples is not None and self.fisher_samples < len(data):
             data = data.take(torch.randperm(len(data), generator=learner.rng)[: self.fisher_samples])
+        if learner.stream.objective == "language":
+            return self._estimate_of_texts(data, learner)
         model = learner.replica()
         if self.fisher == "batched":
             size = self.fisher_batch_size or learner.training_batch_size
@@ -96,6 +111,14 @@ class EWC(QuadraticPull):
             uniform=None if uniform is None else learner.shard_rows(uniform),
         )
         return {n: learner.reduce(v) / len(data) for n, v in summed.items()}
+
+    def _estimate_of_texts(self, data: TensorData, learner: Learner) -> dict[str, Tensor]:
+        places = torch.arange(len(data)).split(self.fisher_batch_size or learner.training_batch_size)
+        summed: dict[str, Tensor] = {}
+        for rows in places:
+            for name, g in learner.gradients_of(data.batch(rows)).items():
+                summed[name] = summed[name].addcmul_(g, g) if name in summed else g.square()
+        return {n: v / len(places) for n, v in summed.items()}
 
     def state_dict(self) -> State:
         return super().state_dict() | {"offset": self._offset}

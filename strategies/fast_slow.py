@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cl_lab.errors import ConfigError
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner
-from cl_lab.records import Experience, State, Stream, TensorData
+from cl_lab.records import Experience, Objective, State, Stream, TensorData
 
 from ._quadratic import by_name
 from .ewc import EWC
@@ -38,6 +38,8 @@ class FastSlow(EWC):
     parameter. Normalisation layers keep the fast weights' running statistics. With ``consolidation: 1`` and ``episodes: 0``
     this is ``ewc``.
     """
+
+    objectives: ClassVar[frozenset[Objective]] = frozenset({"classification"})
 
     consolidation: float = knob(0.5, doc="ρ, how far slow weights go towards the fast ones", ge=0, le=1)
     answer: Literal["fast", "slow"] = knob("fast", doc="which weights are tested")

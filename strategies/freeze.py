@@ -10,7 +10,7 @@ from torch import nn
 from cl_lab.errors import ConfigError
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner, Strategy
-from cl_lab.records import Batch, Experience, Objective, State, Stream
+from cl_lab.records import OBJECTIVES, Batch, Experience, Objective, State, Stream
 
 from ._prefix import PrefixCache
 
@@ -37,7 +37,7 @@ class Freeze(Strategy):
     """
 
     needs_boundaries: ClassVar[bool] = True
-    objectives: ClassVar[frozenset[Objective]] = frozenset({"classification", "regression", "language"})
+    objectives: ClassVar[frozenset[Objective]] = OBJECTIVES
 
     modules: list[str] = knob([], "module or parameter paths to freeze, with wildcards per segment")
     layers: int = knob(0, "blocks to freeze from the bottom", ge=0)

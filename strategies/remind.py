@@ -119,7 +119,7 @@ class Remind(Strategy):
         stage = self._stage(model)
         self._lower = split(stage)
         self._flat = getattr(model.backbone, "flat_latents", {}).get(stage)
-        self._live = stream.objective == "language" and stream.scoring != "first-token"
+        self._live = stream.reads_on
         return model
 
     def _stage(self, model: Any) -> str:

@@ -74,12 +74,16 @@ def test_few_answers_are_compared_and_many_written(monkeypatch: pytest.MonkeyPat
     on = toys.stream(form="texts")
     assert on.answers is not None
     used = []
+    none = torch.zeros(4, dtype=torch.int64)
     for name in ("_write", "_compare"):
-        monkeypatch.setattr(answers, name, lambda *_, name=name: used.append(name) or torch.zeros(4))
-    find_answers(asked(on), saying([10]), on)
-    find_answers(
-        asked(on), saying([10]), replace(on, layout={"prompt": (100,), "answer": (toys.ANSWER,)}, input_shape=(103,))
-    )
+        monkeypatch.setattr(answers, name, lambda *_, name=name: used.append(name) or none)
+    for columns in (2, 100):  # of the prompt, which writing reads for each token
+        shape = (columns + toys.ANSWER,)
+        find_answers(
+            asked(on),
+            saying([10]),
+            replace(on, layout={"prompt": (columns,), "answer": (toys.ANSWER,)}, input_shape=shape),
+        )
     assert used == ["_write", "_compare"]
 
 
@@ -144,7 +148,7 @@ def test_only_answers_of_the_task_are_taken(scoring: Scoring) -> None:
     assert find_answers(asked(on, part=0), saying([13, 1]), on).max() <= 1
 
 
-@pytest.mark.parametrize("scoring", ["generation", "constrained", "first-token"])
+@pytest.mark.parametrize("scoring", ["generation", "constrained", "first-token", "opening"])
 def test_outputs_that_are_not_finite_are_no_answer(scoring: Scoring) -> None:
     on = toys.stream(form="texts", scoring=scoring)
 
@@ -171,3 +175,44 @@ def test_a_language_stream_says_what_it_needs() -> None:
         replace(on, n_classes=on.n_classes + 1)
     assert on.chance is None
     assert replace(on, scoring="constrained").chance == 1 / toys.CLASSES
+    assert replace(on, scoring="opening").chance is None
+
+
+@pytest.mark.parametrize(("said", "found"), [(10, [0, NONE, 0, NONE]), (11, [NONE, 1, NONE, 1]), (12, [NONE] * 4)])
+def test_an_opening_is_right_where_the_likeliest_token_begins_the_right_answer(said: int, found: list[int]) -> None:
+    on = toys.stream(form="texts", scoring="opening")
+    batch = asked(on)
+    assert batch.y.tolist() == [0, 1, 0, 1]
+    assert find_answers(batch, saying([said, 5]), on).tolist() == found
+    assert not on.reads_on
+    assert replace(on, scoring="generation").reads_on
+
+
+def test_writing_stops_where_the_longest_answer_of_the_task_would_have_ended() -> None:
+    """A stream may hold whole texts beside short answers: nobody waits for a model that writes on and on."""
+    on = toys.stream(form="texts")
+    assert on.answers is not None
+    table = torch.nn.functional.pad(on.answers, (0, 17), value=PAD)
+    table[2, :19] = 15  # of another task
+    table[2, 19] = 1
+    long = replace(
+        on, answers=table, layout={"prompt": (toys.PROMPT,), "answer": (20,)}, input_shape=(toys.PROMPT + 20,)
+    )
+    batch = asked(on)
+    batch = replace(batch, x=torch.nn.functional.pad(batch.x, (0, 17), value=PAD))
+    calls = []
+
+    def say(batch: Batch) -> Tensor:
+        calls.append(int((batch.x[0, toys.PROMPT :] != PAD).sum()))
+        out = torch.zeros(len(batch), calls[-1] + 1, VOCABULARY)
+        out[:, :, 9] = 1.0
+        return out
+
+    assert find_answers(batch, say, long).tolist() == [NONE] * 4
+    assert calls == [0, 1, 2], "two tokens and their end"
+
+
+def test_an_answer_of_another_task_is_none() -> None:
+    on = toys.stream(form="texts")
+    assert find_answers(asked(on), saying([13, 1]), on).tolist() == [NONE] * 4
+    assert find_answers(asked(on, part=1), saying([13, 1]), on).tolist() == [3] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,10 @@ def test_targets_are_found_by_structure(patterns: list[str], count: int) -> None
     [
         ({"lora_targets": ["qproj"]}, "'qproj' matches no linear layer; did you mean 'q_proj'"),
         ({"lora_targets": ["layers.1.q_proj"]}, "matches no linear layer"),
-        ({"frozen": "model.layers.0"}, "scoring 'generation' reads on from answers; set scenario.scoring=first-token"),
+        (
+            {"frozen": "model.layers.0"},
+            "scoring 'generation' reads on from answers; set scenario.scoring=first-token or",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(stream: Stream, knobs: dict[str, Any], says: str) -> None:
@@ -225,3 +229,29 @@ def test_other_streams_are_refused() -> None:
         build(toys.stream())
     with pytest.raises(ConfigError, match="learns classification only"):
         toys.trainer([{"name": "lwf"}], toys.stream(form="texts"), model=TINY)
+
+
+def test_a_tiny_model_is_as_large_as_asked_for() -> None:
+    on = replace(toys.stream(form="texts"), vocabulary=70)
+    spec = {**TINY, "layers": 3, "width": 48, "heads": 4, "adapt": "full"}
+    built = registry.create("models", spec, "model").build(on)
+    config = built.backbone.model.config
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (3, 48, 4)
+    assert config.vocab_size == 70, "tokens may come in training that no test set holds"
+    assert all(p.requires_grad for p in built.parameters())
+    assert registry.create("models", TINY, "model").build(on).backbone.model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("knob", ["layers", "width", "heads"])
+def test_other_weights_have_a_size_of_their_own(knob: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^model\.{knob} = 4: the model 'smollm2-135m' has a size of its own; leave it"
+    ):
+        registry.create("models", {"name": "causal-lm", knob: 4}, "model")
+
+
+def test_long_texts_widen_a_tiny_model() -> None:
+    on = toys.stream(form="texts")
+    assert hub.tiny_causal_lm(40, context=700).config.max_position_embeddings == 700
+    built = registry.create("models", TINY, "model").build(on)
+    assert built.backbone.model.config.max_position_embeddings == sum(on.input_shape)

@@ -9,6 +9,7 @@ import torch
 import toys
 from torch import Tensor
 
+from cl_lab.errors import ConfigError
 from cl_lab.records import TensorData
 from cl_lab.trainer import Record, Silent, Trainer
 from strategies import _fisher
@@ -193,3 +194,67 @@ def test_keeps_two_numbers_per_parameter_however_long_the_stream() -> None:
         sizes.append(trainer.run().strategy_state_bytes)
         assert sizes[-1] == 2 * 4 * trainer.learner.trainable_parameters
     assert sizes[0] == sizes[1]
+
+
+TINY = {"name": "causal-lm", "weights": "tiny", "adapt": "full"}
+
+
+@pytest.mark.parametrize("size", [1, 25, None])
+def test_of_texts_the_gradient_of_the_loss_is_squared(size: int | None) -> None:
+    """Against a gradient of each batch of rows, taken by hand from the mean over tokens."""
+    on = toys.stream(form="texts", experiences=2, train=30)
+    assert on.answers is not None
+    knobs = {"name": "ewc", "fisher": "batched", "fisher_batch_size": size}
+    trainer = toys.trainer([knobs], on, model=TINY, training={"epochs": 1})
+    strategy = trainer.strategy.links[0]
+    assert isinstance(strategy, EWC)
+    learner, data = trainer.learner, on.experiences[0].train
+    learner.begin(fresh=True)
+    found = strategy._estimate(on.experiences[0], learner)
+    model = learner.replica()
+    expected: dict[str, Tensor] = {}
+    batches = torch.arange(30).split(size or 10)
+    for rows in batches:
+        log_p = model(data.x[rows], data.t[rows]).log_softmax(2)
+        losses = []
+        for said, answer in zip(log_p, on.answers[data.y[rows]], strict=True):
+            tokens = answer[answer >= 0]
+            losses.append(-said[torch.arange(len(tokens)), tokens].mean())
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for name, g in zip(named, torch.autograd.grad(torch.stack(losses).mean(), list(named.values())), strict=True):
+            expected[name] = expected.get(name, torch.zeros(())) + g.square() / len(batches)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-9), name
+
+
+def test_of_texts_other_fisher_variants_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^fisher = 'exact': asks for .*; set fisher=batched$"):
+        toys.trainer([{"name": "ewc"}], toys.stream(form="texts"), model=TINY)
+
+
+def moved(strength: float) -> float:
+    """How far the second of two experiences in words took the model, measured by the Fisher of the first."""
+    knobs = {"name": "ewc", "fisher": "batched", "fisher_batch_size": 1, "strength": strength}
+    first: Snapshot = ({}, {})
+
+    class Note(Silent):
+        def scored(self, record: Record) -> None:
+            if len(record.matrix) == 1:
+                for kept, now in zip(first, (strategy._precision, strategy._anchor), strict=True):
+                    kept.update({n: v.clone() for n, v in now.items()})
+
+    training = {"epochs": 3, "lr": 0.005, "optimizer": "adam"}
+    on = toys.stream(form="texts", experiences=2)
+    trainer = toys.trainer([knobs], on, observer=Note(), model=TINY, training=training)
+    (strategy,) = trainer.strategy.links
+    assert isinstance(strategy, EWC)
+    trainer.run()
+    precision, anchor = first
+    theta = trainer.learner.parameters()
+    assert theta.keys() == anchor.keys()
+    return sum(float((precision[n] * (p - anchor[n]).square()).sum()) for n, p in theta.items())
+
+
+def test_pulls_what_was_learnt_in_words_back() -> None:
+    assert 0 < moved(1e4) < moved(1e-9) / 10

@@ -181,6 +181,15 @@ def test_momentum_of_the_rest_is_kept() -> None:
     assert all(isinstance(entry["exp_avg"], torch.Tensor) for entry in optimizer.values())
 
 
+def test_layers_of_a_language_model_and_the_head_that_shares_its_embedding() -> None:
+    model = {"name": "causal-lm", "weights": "tiny", "adapt": "full"}
+    patterns = ["backbone.model.embed_tokens", "backbone.model.layers.0"]
+    _, (_, first, second, *_) = weights_after_each(patterns, toys.stream(form="texts"), model=model)
+    moved = toys.differing(first, second)
+    assert moved
+    assert all(name.startswith(("backbone.model.layers.1.", "backbone.model.norm.")) for name in moved)
+
+
 # -- layers from the bottom, and what they make kept -------------------------------------------------------------------
 
 TINY = {"name": "causal-lm", "weights": "tiny", "adapt": "full"}
