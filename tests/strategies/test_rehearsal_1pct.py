@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import toys
 
@@ -20,13 +22,12 @@ def test_keeps_its_share_of_each_experience_and_mixes_it_in() -> None:
         sizes.append(len(data))
         assert torch.equal(data.x[:60], e.train.x)
         past = data.y[60:].tolist()
-        assert all(past.count(c) >= 0 and c < 2 * e.index for c in past), "only classes of the past"
+        assert all(c < 2 * e.index for c in past), "only classes of the past"
         link.after_experience(e, trainer.learner)
     assert sizes == [60, 66, 72]
-    kept = link.state_dict()["kept"]
-    assert isinstance(kept, dict)
+    kept: Any = link.state_dict()["kept"]
     for i, e in enumerate(on.experiences):
-        rows = kept["x"][6 * i : 6 * i + 6]  # type: ignore[index]
+        rows = kept["x"][6 * i : 6 * i + 6]
         same = (rows[:, None] == e.train.x).all(2)
         assert same.any(1).all()
         assert int(same.any(0).sum()) == 6, "no sample twice"
