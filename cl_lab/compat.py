@@ -49,7 +49,7 @@ def import_torchvision() -> None:
 
 
 def compile_nothing_for_deepspeed() -> None:
-    """Keep DeepSpeed from compiling what training never calls; to be called before its first process group."""
+    """Keep DeepSpeed from compiling on a CPU what training never calls; to be called before its first process group."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__[_SHARED_MEMORY] = False

@@ -58,7 +58,8 @@ def accelerator_for(engine: EngineConfig, training: TrainingConfig) -> Accelerat
         many = int(os.environ.get("WORLD_SIZE", "1")) > 1
         handlers = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")] if many or engine.deepspeed else []
         if engine.deepspeed:
-            compile_nothing_for_deepspeed()
+            if not cuda:
+                compile_nothing_for_deepspeed()
             plugin = _deepspeed_plugin(engine, training)
             accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
             if accelerator.distributed_type != DistributedType.DEEPSPEED:
