@@ -22,7 +22,7 @@ A batch may hold m answers behind each prompt, ``[B, P + m·A]``, and gets ``[B,
 """
 
 
-def find_answers(batch: Batch, say: Say, stream: Stream) -> Tensor:
+def find_answers(batch: Batch, say: Say, stream: Stream, longest: int | None = None) -> Tensor:
     """The answers found for ``batch``, ``[B]`` int64 rows of ``stream.answers``, else :data:`NONE` or :data:`BROKEN`.
 
     As :attr:`Stream.scoring` says: ``generation`` takes the likeliest token after another until the answer's end, and is
@@ -31,28 +31,31 @@ def find_answers(batch: Batch, say: Say, stream: Stream) -> Tensor:
     task's answer whose first token is the likeliest; ``opening`` the right answer where it begins with the likeliest of all
     tokens. What stands in the answer's columns of ``batch`` is not looked at.
 
-    What ``generation`` writes is looked for among the answers of the batch's tasks alone, and writing stops where the
-    longest of these would have ended. Where they are few it need not write: all of them stand behind the prompt at once, and
-    the one that would be written, if any, is that whose every token is the likeliest behind those before it.
+    What ``generation`` writes is looked for among the task's answers of up to ``longest`` tokens, all of them by default,
+    and writing stops there: a stream may hold whole texts beside short answers. Where they are few it need not write: all
+    of them stand behind the prompt at once, and the one that would be written, if any, is that whose every token is the
+    likeliest behind those before it.
     """
     assert stream.answers is not None
     answers = stream.answers.to(batch.x.device)
     prompt = stream.layout["prompt"][0]
-    if stream.scoring == "generation":
-        return _freely(batch, say, answers, prompt, stream)
     if stream.scoring == "opening":
         best, token = say(_asked(batch, prompt))[:, 0].float().max(1)
         found = torch.where(token == answers[batch.y, 0], batch.y, NONE)
         return torch.where(best.isfinite(), found, BROKEN)
     found = torch.full_like(batch.y, NONE)
-    scores = _first_tokens if stream.scoring == "first-token" else _likelihoods
     for task in batch.t.unique().tolist():
         rows = (batch.t == task).nonzero().squeeze(1)
         classes = torch.tensor(stream.experiences[task].classes, device=batch.x.device)
         some = Batch(batch.x[rows], batch.y[rows], batch.t[rows], 0, epoch=batch.epoch, raw=batch.raw)
-        values = scores(some, say, answers[classes], prompt)
-        best, place = values.max(1)
-        found[rows] = torch.where(best.isfinite(), classes[place], BROKEN)
+        own = answers[classes]
+        if stream.scoring == "generation":
+            place = _freely(some, say, own, prompt, longest or own.shape[1])
+        else:
+            score = _first_tokens if stream.scoring == "first-token" else _likelihoods
+            best, place = score(some, say, own, prompt).max(1)
+            place = torch.where(best.isfinite(), place, BROKEN)
+        found[rows] = torch.where(place >= 0, classes[place.clamp(min=0)], place)
     return found
 
 
@@ -94,15 +97,15 @@ def _likelihoods(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor
     return torch.cat(values, 1)
 
 
-def _freely(batch: Batch, say: Say, answers: Tensor, prompt: int, stream: Stream) -> Tensor:
-    tasks = batch.t.unique().tolist()
-    classes = sorted({c for task in tasks for c in stream.experiences[task].classes})
-    own = torch.tensor(classes, device=answers.device)
-    longest = int((answers[own] != PAD).sum(1).max())  # a stream may hold whole texts beside short answers
+def _freely(batch: Batch, say: Say, answers: Tensor, prompt: int, longest: int) -> Tensor:
+    """Which of ``answers`` would be written, ``[B]``, among those of up to ``longest`` tokens."""
+    lengths = (answers != PAD).sum(1)
+    kept = (lengths <= longest).nonzero().squeeze(1)
+    some, longest = answers[kept], int(lengths[kept].max())
     # Columns of one pass against those of a pass for each token.
-    few = len(own) * answers.shape[1] <= (longest - 1) * prompt
-    found = _compare(batch, say, answers[own], prompt) if few else _write(batch, say, answers[own, :longest], prompt)
-    return torch.where(found >= 0, own[found.clamp(min=0)], found)
+    few = len(some) * answers.shape[1] <= (longest - 1) * prompt
+    found = _compare(batch, say, some, prompt) if few else _write(batch, say, some[:, :longest], prompt)
+    return torch.where(found >= 0, kept[found.clamp(min=0)], found)
 
 
 def _compare(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:

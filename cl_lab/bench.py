@@ -499,7 +499,7 @@ def _fisher(stream: Stream, data: str, threads: int, repeats: int) -> dict[str, 
 
 
 class _Epochs(Silent):
-    """When each epoch ended, and the loss over all of them."""
+    """When each epoch ended."""
 
     def __init__(self, per_epoch: int) -> None:
         self.ends: list[float] = []

@@ -211,8 +211,10 @@ class CausalLM(ModelSpec):
         highest = int(stream.answers.max())
         model: Any
         if self.weights == _TINY:
-            seen = max(highest, *(int(e.test.x.max()) for e in stream.experiences)) + 1
-            model = tiny_causal_lm(stream.vocabulary or seen, context=sum(stream.input_shape), **self._size())
+            vocabulary = stream.vocabulary
+            if vocabulary is None:
+                vocabulary = max(highest, *(int(e.test.x.max()) for e in stream.experiences)) + 1
+            model = tiny_causal_lm(vocabulary, context=sum(stream.input_shape), **self._size())
         else:
             model = load_causal_lm(self.weights, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         vocabulary, longest = model.get_output_embeddings().weight.shape[0], sum(stream.input_shape)
@@ -242,11 +244,9 @@ class CausalLM(ModelSpec):
         built = Classifier(
             CausalBackbone(model.base_model, prompt, answer), VocabularyHead(model.get_output_embeddings())
         )
-        if self.frozen is not None:
-            built.split(self.frozen)  # raises where there is no such stage
-            if tied:
-                built.head.linear.weight.requires_grad_(False)
-        built.frozen, built.keep_latents = self.frozen, self.keep_latents
+        built.freeze_up_to(self.frozen, keep=self.keep_latents)
+        if self.frozen is not None and tied:
+            built.head.linear.weight.requires_grad_(False)
         return built
 
     def _add_adapters(self, model: nn.Module) -> None:

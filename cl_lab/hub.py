@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -591,7 +591,7 @@ def _end_of(tokenizer: Any) -> int:
 def _gguf_tokenizer(file: Path) -> Any:
     _need_gguf(f"tokenizer '{file}'")
     tokenizer = _transformers().AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    if _gguf_facts(file, "tokenizer.ggml.pre") == ["smollm"]:
+    if _gguf_facts(file).get("tokenizer.ggml.pre") == "smollm":
         # Transformers does not know this one and leaves digits with the blanks before them, so that the two line ends of
         # "\n\n1." become two tokens where the model has learnt one. llama.cpp splits at every digit first.
         from tokenizers import pre_tokenizers
@@ -606,7 +606,7 @@ def _gguf_tokenizer(file: Path) -> Any:
 
 def _check_architecture(name: str, file: Path) -> None:
     """Raises :class:`DataError` for a file that is no GGUF or of an architecture that Transformers cannot build."""
-    (architecture,) = _gguf_facts(file, "general.architecture")
+    architecture = _gguf_facts(file).get("general.architecture")
     if not isinstance(architecture, str):
         raise DataError(f"model '{name}': the GGUF file does not say its architecture; get it again")
     from_transformers = _transformers().integrations
@@ -625,14 +625,19 @@ def _bare(architecture: str) -> str:
     return re.sub(r"[^a-z0-9]", "", architecture.lower())
 
 
-def _gguf_facts(file: Path, *names: str) -> list[Any]:
-    """What a GGUF file says of ``names``, ``None`` where it says nothing. :class:`DataError` where it cannot be read."""
+def _gguf_facts(file: Path) -> dict[str, Any]:
+    """The strings and numbers a GGUF file says of itself, by name. Raises :class:`DataError` where it cannot be read."""
     _need_gguf(f"model '{file}'")
-    from gguf import GGUFReader
+    return _read_facts(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)  # the reader takes in the whole vocabulary, and model and tokenizer both ask
+def _read_facts(file: Path, changed: int) -> dict[str, Any]:
+    from gguf import GGUFReader, GGUFValueType
 
     try:
         fields = GGUFReader(file).fields
-        return [fields[name].contents() if name in fields else None for name in names]
+        return {name: f.contents() for name, f in fields.items() if GGUFValueType.ARRAY not in f.types}
     except Exception as error:  # the reader trusts the file: damage shows as whatever it runs into
         raise DataError(f"'{file}': no GGUF file that can be read ({_short(error)}); get it again") from error
 

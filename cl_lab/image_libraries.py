@@ -16,18 +16,8 @@ from torch import Tensor, nn
 from cl_lab.compat import import_torchvision
 from cl_lab.errors import ConfigError, DataError, nearest
 from cl_lab.knobs import knob
-from cl_lab.models import (
-    HEAD_DOC,
-    Classifier,
-    HeadKind,
-    ImageBackbone,
-    Stage,
-    classifier,
-    grey_or_colour,
-    mean_pool,
-    to_scale_of,
-)
-from cl_lab.protocols import ModelSpec
+from cl_lab.models import Classifier, ImageBackbone, Stage, grey_or_colour, mean_pool, to_scale_of
+from cl_lab.pretrained import PretrainedImageModel
 from cl_lab.records import Stream
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -165,23 +155,13 @@ _FAMILIES: tuple[_Family, ...] = (
 
 
 @dataclass
-class _LibraryModel(ModelSpec):
+class _LibraryModel(PretrainedImageModel):
     """What the two libraries share (abstract)."""
 
     library: ClassVar[str]
 
     architecture: str = knob("resnet18", "name of the model in the library")
     weights: str = knob("default", "default (downloaded once), random, or the path of a .pth or .safetensors file")
-    resolution: int | None = knob(None, doc="resize input to this many pixels a side; null: as it comes", ge=8)
-    frozen: str | None = knob(
-        None,
-        doc="stage up to which nothing is trained (model.layer3.1): samples pass through it once, before anything else, and "
-        "strategies see what comes out",
-    )
-    keep_latents: bool = knob(
-        False, doc="keep what the frozen layers make on disk ($CL_LAB_CACHE/latents) for other runs"
-    )
-    head: HeadKind = knob("auto", HEAD_DOC)
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
@@ -200,11 +180,7 @@ class _LibraryModel(ModelSpec):
         scale, shift = to_scale_of(stream, mean, std)
         shape = stream.input_shape[1], stream.input_shape[2]
         backbone = LibraryBackbone(model, scale, shift, shape, size or self.resolution)
-        built = classifier(backbone, backbone.width, stream, self.head)
-        if self.frozen is not None:
-            built.split(self.frozen)  # raises where there is no such stage
-        built.frozen, built.keep_latents = self.frozen, self.keep_latents
-        return built
+        return self.with_head(backbone, stream)
 
     def _made(self) -> tuple[nn.Module, tuple[Sequence[float], Sequence[float]], int | None]:
         """The model without its last layer, its input's mean and spread, and its only size, if it has one."""
@@ -305,20 +281,15 @@ def _load(model: nn.Module, source: str) -> None:
     path = Path(source).expanduser()
     if not path.is_file():
         raise ConfigError(f"model.weights = '{source}': no such file; give its path, 'default' or 'random'")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-            read = load_file(path)
-        else:
-            read = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        pickled = path.suffix != ".safetensors"
+        read = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
         own = model.state_dict()
         missing, _ = model.load_state_dict({k: v for k, v in read.items() if k in own}, strict=False)
-    except Exception as error:  # safetensors raises an error of its own, torch any of half a dozen
-        if not isinstance(error, (OSError, RuntimeError, ValueError, UnpicklingError, AttributeError, TypeError)) and (
-            type(error).__name__ != "SafetensorError"
-        ):
-            raise
+    except (OSError, RuntimeError, ValueError, AttributeError, TypeError, UnpicklingError, SafetensorError) as error:
         raise DataError(f"model.weights = '{source}': not the weights of this model ({_first_line(error)})") from error
     if missing:
         raise DataError(

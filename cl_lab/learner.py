@@ -128,6 +128,11 @@ class EngineLearner:
         self._world, self._rank = int(self._accelerator.num_processes), int(self._accelerator.process_index)
         self._rng = generator(seed, "strategy")
         self._bf16 = engine.precision == "bf16"
+        if engine.zero == 3 and self._world > 1 and stream.reads_on:
+            raise ConfigError(
+                f"engine.zero = 3 on {self._world} ranks: scoring '{stream.scoring}' asks the model as often as its answers "
+                "want, and ranks that share parameters must ask alike; set scenario.scoring=first-token, or engine.zero=2"
+            )
         self._regression = stream.objective == "regression"
         # Where DeepSpeed keeps fp32 values and optimiser state apart from the module's own tensors.
         self._apart = engine.deepspeed and engine.zero > 0
@@ -168,6 +173,10 @@ class EngineLearner:
     @property
     def stream(self) -> Stream:
         return self._stream
+
+    @property
+    def augments(self) -> bool:
+        return self._training.augmentation != "none"
 
     @property
     def training_batch_size(self) -> int:
@@ -505,16 +514,15 @@ class EngineLearner:
         """
         say = self._forward if predict is None else predict
         counts = torch.zeros(3, dtype=torch.int64, device=self.device)
-        classes = torch.zeros(len(self._stream.experiences), self._stream.n_classes, dtype=torch.bool)
-        for e in self._stream.experiences:
-            classes[e.index, list(e.classes)] = True
-        classes = classes.to(self.device)
-        answers = self._answers(data, batch_size, lambda batch: find_answers(batch, say, self._stream))
+        table = self._stream.answers
+        assert table is not None
+        longest = int((table[data.y] != PAD).sum(1).max())  # what goes on behind the longest right answer is wrong
+        answers = self._answers(data, batch_size, lambda batch: find_answers(batch, say, self._stream, longest))
         for batch, found, counted in answers:
             if counted:
                 counts[0] += (found == batch.y).sum()
                 counts[1] += (found == BROKEN).sum()
-                counts[2] += (classes[batch.t, found.clamp(min=0)] & (found >= 0)).sum()
+                counts[2] += (found >= 0).sum()
         correct, broken, valid = (int(n) for n in self.reduce(counts).tolist())
         self._check_finite(broken, len(data))
         free = self._stream.scoring == "generation"

@@ -307,10 +307,9 @@ def summary(
     ``matrix`` is ``[k, T]``; ``initial``, ``test_samples`` and ``joint`` (scores of an offline model per experience)
     are ``[T]``; ``cumulative`` ``[T, T]`` is the score matrix of a learner whose row i is an offline model's of
     experiences up to i, so that its scores on those are REMIND's offline curve; ``valid`` ``[k, T]`` are shares of answers
-    that are their task's. Left out: ``weighted_average_accuracy``
-    without ``test_samples``, ``average_anytime_accuracy`` and ``a_auc`` without ``anytime``, ``intransigence`` and
-    Kemker's omegas without ``joint``, ``omega_streaming`` without ``cumulative``, ``valid_output_rate`` and
-    ``accuracy_given_valid`` without ``valid``. ``fwt`` is always there, ``None``
+    that are their task's. Left out: ``weighted_average_accuracy`` without ``test_samples``, ``average_anytime_accuracy``
+    and ``a_auc`` without ``anytime``, ``intransigence`` and Kemker's omegas without ``joint``, ``omega_streaming`` without
+    ``cumulative``, ``valid_output_rate`` and ``accuracy_given_valid`` without ``valid``. ``fwt`` is always there, ``None``
     without ``initial``. Raises :class:`ValueError` for a malformed matrix, vector or record (see the module).
     """
     values = {

@@ -179,6 +179,12 @@ class Classifier(nn.Module):
         self._cut = [name for name, _ in self.backbone.stages()].index(stage) + 1
         return lower
 
+    def freeze_up_to(self, stage: str | None, *, keep: bool) -> None:
+        """Set :attr:`frozen` and :attr:`keep_latents`. Raises :class:`ConfigError` where there is no such stage."""
+        if stage is not None:
+            self.split(stage)
+        self.frozen, self.keep_latents = stage, keep
+
     @property
     def cut(self) -> str | None:
         """The stage behind which the backbone is cut."""

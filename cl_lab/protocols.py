@@ -42,6 +42,11 @@ class Learner(Protocol):
         ...
 
     @property
+    def augments(self) -> bool:
+        """Whether samples of the current experience are changed at random whenever they are trained on."""
+        ...
+
+    @property
     def training_batch_size(self) -> int:
         """Samples of the current experience per optimiser step, over all ranks."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import tempfile
 import weakref
 from typing import IO, Any
@@ -72,7 +73,10 @@ class PrefixCache:
                 cache_root().mkdir(parents=True, exist_ok=True)
                 self._file = tempfile.TemporaryFile(dir=cache_root(), prefix="prefix-")  # noqa: SIM115
                 weakref.finalize(self, self._file.close)
-            self._file.truncate(rows * math.prod(shape) * 4)
+            size = rows * math.prod(shape) * 4
+            self._file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would end the process with SIGBUS later
+                os.posix_fallocate(self._file.fileno(), 0, size)
             self._rows = torch.from_numpy(np.memmap(self._file, np.float32, "r+", shape=(rows, *shape)))
         except OSError as error:
             raise ConfigError(

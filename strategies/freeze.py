@@ -69,8 +69,7 @@ class Freeze(Strategy):
 
     def _bottom(self, model: Any) -> list[str]:
         """Paths of the modules in the bottom layers; cuts the model behind them where they are to be cached."""
-        split = getattr(model, "split", None)
-        if split is None:
+        if not hasattr(model, "split"):
             raise ConfigError(f"freeze: {type(model).__name__} has no layers to count; name modules instead")
         stages = [name for name, _ in model.backbone.stages()]
         blocks = [name for name in stages if name.rpartition(".")[2].isdigit()]
@@ -78,33 +77,32 @@ class Freeze(Strategy):
             raise ConfigError(
                 f"freeze: layers = {self.layers}: the model has {len(blocks)} blocks ({_span(blocks)}); lower layers"
             )
-        before = stages[: stages.index(blocks[0])] if blocks else stages[:1]
+        before = stages[: stages.index(blocks[0])] if blocks else []
         held = model.modules_up_to(before[-1]) if before else []
-        chosen = [f"backbone.{name}" for name in blocks[: self.layers]]
-        if self.embeddings:
-            if not held:
-                raise ConfigError(
-                    "freeze: embeddings = true: nothing comes before the model's first block; leave it out"
-                )
-            chosen = held + chosen
+        if self.embeddings and not held:
+            raise ConfigError("freeze: embeddings = true: nothing comes before the model's first block; leave it out")
         if self.cache != "none":
-            trained = [
-                n
-                for n, p in model.named_parameters()
-                if p.requires_grad and any(n == path or n.startswith(path + ".") for path in held)
-            ]
-            if trained and not self.embeddings:
-                raise ConfigError(
-                    f"freeze: cache = '{self.cache}': {trained[0]} below the frozen layers goes on learning, so what they "
-                    "make of a sample changes; set embeddings=true"
-                )
-            if model.cut is not None:
-                raise ConfigError(
-                    f"strategy chain: freeze would cut the network behind '{blocks[self.layers - 1]}', but another strategy "
-                    f"cut it behind '{model.cut}'; leave cache out, or keep one of the two"
-                )
-            split(blocks[self.layers - 1])
-        return chosen
+            self._cut(model, blocks[self.layers - 1], [] if self.embeddings else held)
+        return [*(held if self.embeddings else []), *(f"backbone.{name}" for name in blocks[: self.layers])]
+
+    def _cut(self, model: Any, stage: str, learning: list[str]) -> None:
+        """Cut the model behind ``stage``, below which modules in ``learning`` are not frozen."""
+        trained = [
+            name
+            for name, p in model.named_parameters()
+            if p.requires_grad and any(name == path or name.startswith(path + ".") for path in learning)
+        ]
+        if trained:
+            raise ConfigError(
+                f"freeze: cache = '{self.cache}': {trained[0]} below the frozen layers goes on learning, so what they "
+                "make of a sample changes; set embeddings=true"
+            )
+        if model.cut is not None:
+            raise ConfigError(
+                f"strategy chain: freeze would cut the network behind '{stage}', but another strategy cut it behind "
+                f"'{model.cut}'; leave cache out, or keep one of the two"
+            )
+        model.split(stage)
 
     def before_experience(self, experience: Experience, learner: Learner) -> None:
         if experience.index >= self.from_experience and not self._frozen:
@@ -114,6 +112,11 @@ class Freeze(Strategy):
         if self.cache == "none" or not self._frozen or not batch.raw:
             return batch
         if self._prefix is None:
+            if learner.augments:
+                raise ConfigError(
+                    f"freeze: cache = '{self.cache}': training.augmentation changes samples whenever they come, so nothing "
+                    "can be kept; set augmentation=none, or cache=none"
+                )
             self._prefix = PrefixCache(learner, on_disk=self.cache == "disk")
         h = self._prefix.latents(batch.x, learner)
         return Batch(h, batch.y, batch.t, batch.current, batch.weight, batch.extra, batch.epoch, raw=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from cl_lab.errors import ConfigError
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner, Strategy
-from cl_lab.records import Experience, Objective, State
+from cl_lab.records import Experience, Objective
 
 _PARTS: dict[str, frozenset[str]] = {
     "attention": frozenset({"self_attn", "attn", "attention"}),
@@ -34,11 +34,7 @@ class Selective(Strategy):
 
     part: Literal["attention", "gate-up"] = knob("attention", doc="what is trained: self-attention, or gate and up")
 
-    _frozen: list[str] = field(default_factory=list, init=False, repr=False)
-
     def before_experience(self, experience: Experience, learner: Learner) -> None:
-        if self._frozen:
-            return
         there = list(learner.parameters())
         others = [name for name in there if _PARTS[self.part].isdisjoint(name.split("."))]
         if len(others) == len(there):
@@ -47,13 +43,5 @@ class Selective(Strategy):
                 f"selective: part = '{self.part}': nothing that is trained lies in {names}; choose the other part, or "
                 f"adapters in this one (model.lora_targets); trained is {there[0]} and {len(there) - 1} more"
             )
-        if others:
-            self._frozen = learner.freeze(others)
-
-    def state_dict(self) -> State:
-        return {"frozen": list(self._frozen)}
-
-    def load_state_dict(self, state: State) -> None:
-        frozen = state["frozen"]
-        assert isinstance(frozen, list)
-        self._frozen = [str(name) for name in frozen]
+        if others:  # once: what is frozen is no longer among the parameters, in a resumed run either
+            learner.freeze(others)

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor
 
-from cl_lab import registry, seeding
+from cl_lab import checkpoint, registry, seeding
 from cl_lab.chain import Chain
 from cl_lab.config import RunConfig, parse
+from cl_lab.errors import Interrupted
 from cl_lab.knobs import knob
 from cl_lab.learner import EngineLearner
 from cl_lab.protocols import Scenario
@@ -142,6 +144,17 @@ def own_settings(name: str) -> dict[str, Any]:
 
 
 TRAINING = {"epochs": 3, "batch_size": 10, "lr": 0.1}
+HARD: dict[str, Any] = {
+    "training": {
+        "optimizer": "adamw",
+        "lr": 0.01,
+        "optimizer_state": "kept",
+        "weight_decay": 0.01,
+        "schedule": "cosine",
+    },
+    "evaluation": {"every_steps": 7},
+}
+"""Sections with much that a resumed run could forget: moments kept across experiences, a schedule, scores on the way."""
 MLP = {"name": "mlp", "hidden": [24, 24]}
 
 
@@ -179,6 +192,24 @@ def trainer(
     spec = registry.create("models", {"name": c.model.name, **c.model.knobs}, "model")
     learner = EngineLearner(made.prepare(spec.build(on), on), on, c.training, c.engine, seed)
     return Trainer(on, learner, made, c, seed, observer=observer, checkpoints=checkpoints, stop=stop)
+
+
+def at_newest(made: Trainer) -> Trainer:
+    """``made``, of fresh objects as a new process would make them, at the newest of its checkpoints, if there is one."""
+    assert made.checkpoints is not None
+    found = checkpoint.load_newest(made.checkpoints)
+    if found is not None:
+        seeding.seed_everything(99)  # a new process stands anywhere
+        made.load_state_dict(found[0])
+    return made
+
+
+def stopped_at(step: int, made: Trainer) -> None:
+    """Run ``made`` until a signal reaches it at ``step``."""
+    made.stop = lambda: "SIGTERM" if made.record.steps >= step else None
+    with pytest.raises(Interrupted, match=r"SIGTERM.*--resume"):
+        made.run()
+    assert made.record.steps == step
 
 
 def weights_of(done: Trainer) -> dict[str, Tensor]:

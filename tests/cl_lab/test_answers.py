@@ -13,7 +13,7 @@ from torch import Tensor
 from cl_lab import answers
 from cl_lab.answers import BROKEN, NONE, find_answers
 from cl_lab.errors import DataError
-from cl_lab.records import PAD, Batch, Scoring, Stream
+from cl_lab.records import PAD, Batch, Experience, Scoring, Stream
 
 VOCABULARY = 40
 
@@ -188,7 +188,7 @@ def test_an_opening_is_right_where_the_likeliest_token_begins_the_right_answer(s
     assert replace(on, scoring="generation").reads_on
 
 
-def test_writing_stops_where_the_longest_answer_of_the_task_would_have_ended() -> None:
+def test_writing_stops_at_a_length() -> None:
     """A stream may hold whole texts beside short answers: nobody waits for a model that writes on and on."""
     on = toys.stream(form="texts")
     assert on.answers is not None
@@ -208,8 +208,14 @@ def test_writing_stops_where_the_longest_answer_of_the_task_would_have_ended() -
         out[:, :, 9] = 1.0
         return out
 
-    assert find_answers(batch, say, long).tolist() == [NONE] * 4
+    assert find_answers(batch, say, long, 3).tolist() == [NONE] * 4
     assert calls == [0, 1, 2], "two tokens and their end"
+    calls.clear()
+    first = on.experiences[0]
+    every = Experience(0, first.name, range(4), lambda: first.train, lambda: first.test)
+    whole = replace(long, experiences=(every, *long.experiences[1:]))
+    assert find_answers(batch, say, whole, 3).tolist() == [NONE] * 4
+    assert calls == [0, 1, 2], "also where the task has the long one"
 
 
 def test_an_answer_of_another_task_is_none() -> None:

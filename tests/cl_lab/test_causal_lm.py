@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import toys
 from torch import Tensor
 
-from cl_lab import hub, registry
+from cl_lab import hub, learner, registry
 from cl_lab.causal_lm import CausalBackbone, VocabularyHead, linear_modules
 from cl_lab.errors import ConfigError
 from cl_lab.latents import put_through
@@ -255,3 +256,15 @@ def test_long_texts_widen_a_tiny_model() -> None:
     assert hub.tiny_causal_lm(40, context=700).config.max_position_embeddings == 700
     built = registry.create("models", TINY, "model").build(on)
     assert built.backbone.model.config.max_position_embeddings == sum(on.input_shape)
+
+
+def test_ranks_that_share_parameters_must_ask_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch of answers may need more passes than another, and under ZeRO 3 every pass gathers the weights."""
+    ranks = SimpleNamespace(device="cpu", num_processes=2, process_index=0)
+    monkeypatch.setattr(learner, "accelerator_for", lambda *_: ranks)
+    engine = {"kind": "deepspeed", "zero": 3, "processes": 2}
+    for scoring in ("generation", "constrained"):
+        with pytest.raises(ConfigError, match=rf"engine.zero = 3 on 2 ranks: scoring '{scoring}'.*first-token") as e:
+            toys.trainer([{"name": "naive"}], toys.stream(form="texts", scoring=scoring), model=TINY, engine=engine)
+        assert "\n" not in str(e.value)
+    toys.trainer([{"name": "naive"}], toys.stream(form="texts", scoring="first-token"), model=TINY, engine=engine)

@@ -12,9 +12,8 @@ import torch
 import toys
 from torch import Tensor, nn
 
-from cl_lab import checkpoint
 from cl_lab.chain import Chain
-from cl_lab.errors import ConfigError, Interrupted
+from cl_lab.errors import ConfigError
 from cl_lab.protocols import Learner, Strategy
 from cl_lab.records import Batch, DataError, Experience, Stream, TensorData
 from cl_lab.trainer import Trainer
@@ -238,18 +237,14 @@ def test_the_first_experience_may_have_settings_of_its_own() -> None:
 def test_a_base_session_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole = toys.trainer(NAIVE, toys.stream(), training=BASE)
     whole.run()
+
+    def resumed() -> Trainer:
+        return toys.at_newest(toys.trainer(NAIVE, toys.stream(), training=BASE, checkpoints=tmp_path))
+
     for at in (5, 12, 15):
-        trainer = toys.trainer(NAIVE, toys.stream(), training=BASE, checkpoints=tmp_path, checkpoint={"every_steps": 4})
-        found = checkpoint.load_newest(tmp_path)
-        if found is not None:
-            trainer.load_state_dict(found[0])
-        trainer.stop = lambda t=trainer, at=at: "SIGTERM" if t.record.steps >= at else None
-        with pytest.raises(Interrupted):
-            trainer.run()
-    last = toys.trainer(NAIVE, toys.stream(), training=BASE)
-    found = checkpoint.load_newest(tmp_path)
-    assert found is not None
-    last.load_state_dict(found[0])
+        toys.stopped_at(at, resumed())
+    last = resumed()
+    assert last.record.steps == 15
     last.run()
     assert last.record.matrix == whole.record.matrix
     assert not toys.differing(toys.weights_of(last), toys.weights_of(whole))

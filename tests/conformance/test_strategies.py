@@ -15,7 +15,7 @@ import toys
 
 from cl_lab import checkpoint, knobs, registry, seeding
 from cl_lab.chain import Chain
-from cl_lab.errors import ConfigError, Interrupted
+from cl_lab.errors import ConfigError
 from cl_lab.protocols import Learner, Strategy, tensors_of
 from cl_lab.records import Batch, Experience, Stream
 from cl_lab.trainer import Record, Silent, Trainer
@@ -206,18 +206,8 @@ def test_chains_work_or_say_why_not(name: str, partner: str) -> None:
 
 # -- survival ------------------------------------------------------------------------------------------------------
 
-# Everything that a resumed run could forget: dropout's generator, moments kept across experiences, a schedule.
-HARD = {
-    "model": {**toys.MLP, "dropout": 0.2, "head": "growing"},
-    "training": {
-        "optimizer": "adamw",
-        "lr": 0.01,
-        "optimizer_state": "kept",
-        "weight_decay": 0.01,
-        "schedule": "cosine",
-    },
-    "evaluation": {"every_steps": 7},
-}
+# Everything that a resumed run could forget, dropout's generator besides.
+HARD = toys.HARD | {"model": {**toys.MLP, "dropout": 0.2, "head": "growing"}}
 
 
 class Killed(BaseException):
@@ -247,13 +237,7 @@ def same_outcome(one: Trainer, two: Trainer) -> None:
 
 
 def resumed(name: str, on: Stream, folder: Path, **settings: Any) -> Trainer:
-    """A trainer of fresh objects, as a new process would make them, at the newest checkpoint."""
-    trainer = toys.trainer([toys.own_settings(name)], on, checkpoints=folder, **settings)
-    found = checkpoint.load_newest(folder)
-    if found is not None:
-        seeding.seed_everything(99)  # a new process stands anywhere
-        trainer.load_state_dict(found[0])
-    return trainer
+    return toys.at_newest(toys.trainer([toys.own_settings(name)], on, checkpoints=folder, **settings))
 
 
 def variants(name: str) -> list[Stream]:
@@ -270,11 +254,7 @@ def test_stopped_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> 
         assert whole.record.steps >= 54
         # In the middle, at the last step of an experience, at the first of the next, at every_steps itself.
         for at in (1, 7, 18, 19, 20, whole.record.steps - 1):
-            trainer = resumed(name, on, folder, **HARD, checkpoint={"every_steps": 10})
-            trainer.stop = lambda t=trainer, at=at: "SIGTERM" if t.record.steps >= at else None
-            with pytest.raises(Interrupted, match=r"SIGTERM.*--resume"):
-                trainer.run()
-            assert trainer.record.steps == at
+            toys.stopped_at(at, resumed(name, on, folder, **HARD, checkpoint={"every_steps": 10}))
         trainer = resumed(name, on, folder, **HARD)
         trainer.run()
         same_outcome(trainer, whole)

@@ -11,8 +11,7 @@ import torch
 import toys
 from torch import Tensor, nn
 
-from cl_lab import checkpoint
-from cl_lab.errors import ConfigError, Interrupted
+from cl_lab.errors import ConfigError
 from cl_lab.models import matching
 from cl_lab.records import Stream
 from cl_lab.trainer import Record, Silent, Trainer
@@ -271,18 +270,14 @@ def test_a_killed_run_goes_on_to_the_same_weights_with_a_cache(tmp_path: Path) -
     on = toys.stream(form="texts", scoring="constrained")
     links = [{"name": "replay", "memory": 60}, {"name": "freeze", "layers": 1, "cache": "memory"}]
     whole = run(links, on, model=LORA, **TEXTS)
+
+    def resumed() -> Trainer:
+        return toys.at_newest(toys.trainer(links, on, model=LORA, checkpoints=tmp_path, **TEXTS))
+
     for at in (17, 23, 38):
-        trainer = toys.trainer(links, on, model=LORA, checkpoints=tmp_path, checkpoint={"every_steps": 4}, **TEXTS)
-        found = checkpoint.load_newest(tmp_path)
-        if found is not None:
-            trainer.load_state_dict(found[0])
-        trainer.stop = lambda t=trainer, at=at: "SIGTERM" if t.record.steps >= at else None
-        with pytest.raises(Interrupted):
-            trainer.run()
-    last = toys.trainer(links, on, model=LORA, checkpoints=tmp_path, **TEXTS)
-    found = checkpoint.load_newest(tmp_path)
-    assert found is not None
-    last.load_state_dict(found[0])
+        toys.stopped_at(at, resumed())
+    last = resumed()
+    assert last.record.steps == 38
     last.run()
     assert not toys.differing(toys.weights_of(whole), toys.weights_of(last))
     assert last.record.matrix == whole.record.matrix
@@ -316,5 +311,12 @@ def test_a_cache_wants_all_below_it_frozen_and_to_stand_last() -> None:
     cached = {"name": "freeze", "layers": 1, "cache": "memory"}
     with pytest.raises(ConfigError, match=r"conv1.weight below the frozen layers goes on learning.*embeddings=true"):
         run([cached], on, model={"name": "slim-resnet18"})
+    with pytest.raises(ConfigError, match=r"training.augmentation changes samples.*cache=none"):
+        run(
+            [{**cached, "embeddings": True}],
+            on,
+            model={"name": "slim-resnet18"},
+            training={"augmentation": "crop-flip"},
+        )
     with pytest.raises(ConfigError, match="a freeze that caches stands last"):
         run([cached, {"name": "replay", "memory": 60}], toys.stream())

@@ -12,8 +12,8 @@ import torch
 import toys
 from safetensors.torch import load_file
 
-from cl_lab import checkpoint, launch, registry, seeding
-from cl_lab.errors import ConfigError, Interrupted
+from cl_lab import checkpoint, launch, registry
+from cl_lab.errors import ConfigError
 from cl_lab.protocols import tensors_of
 from cl_lab.trainer import Trainer
 
@@ -21,18 +21,7 @@ NAMES = ["lora-inc", "lora-merge", "olora", "reglora"]
 OTHERS = ["kl", "lora-seq", "rehearsal-1pct", "selective"]  # without past adapters
 LM = {"name": "causal-lm", "weights": "tiny", "lora_targets": ["*_proj"], "lora_rank": 4}
 TRAINING = {"lr": 0.2, "epochs": 12}
-# Moments kept across experiences, dropout's generator, weight decay, a schedule.
-HARD: dict[str, Any] = {
-    "model": LM | {"lora_dropout": 0.2},
-    "training": {
-        "optimizer": "adamw",
-        "lr": 0.01,
-        "optimizer_state": "kept",
-        "weight_decay": 0.01,
-        "schedule": "cosine",
-    },
-    "evaluation": {"every_steps": 7},
-}
+HARD = toys.HARD | {"model": LM | {"lora_dropout": 0.2}}
 STREAM = {"form": "texts", "scoring": "first-token"}
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "torch"},
@@ -95,21 +84,13 @@ def test_naive_beside_it_changes_nothing(name: str, first: bool) -> None:
 @pytest.mark.parametrize("name", [*NAMES, *OTHERS])
 def test_stopped_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
     def resumed() -> Trainer:
-        made = toys.trainer([toys.own_settings(name)], toys.stream(**STREAM), checkpoints=tmp_path, **HARD)
-        found = checkpoint.load_newest(tmp_path)
-        if found is not None:
-            seeding.seed_everything(99)  # a new process stands anywhere
-            made.load_state_dict(found[0])
-        return made
+        links = [toys.own_settings(name)]
+        return toys.at_newest(toys.trainer(links, toys.stream(**STREAM), checkpoints=tmp_path, **HARD))
 
     whole = run(name, **HARD)
     assert whole.record.steps == (69 if name == "rehearsal-1pct" else 54)
     for at in (1, 18, 19, 25, 40, 53):  # in the middle, at the last step of an experience, at the first of the next
-        trainer = resumed()
-        trainer.stop = lambda t=trainer, at=at: "SIGTERM" if t.record.steps >= at else None
-        with pytest.raises(Interrupted):
-            trainer.run()
-        assert trainer.record.steps == at
+        toys.stopped_at(at, resumed())
     trainer = resumed()
     trainer.run()
     same(trainer, whole)
