@@ -158,7 +158,7 @@ def test_a_folders_model_is_what_was_saved(folder: Path) -> None:
     model: Any = hub.load_causal_lm(str(folder))
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == hub._ATTENTION
     assert torch.equal(logits(model, [1, 2, 3]), logits(saved, [1, 2, 3]))
     narrow: Any = hub.load_causal_lm(str(folder), dtype="bfloat16")
     assert narrow.lm_head.weight.dtype == torch.bfloat16
@@ -755,3 +755,27 @@ def test_smollm2_is_what_it_should_be() -> None:
     assert tokenizer.encode("<|im_end|>") == [tokenizer.end]
     assert tokenizer.chat("Hi").endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert len(tokenizer.encode("\n\n1.")) == 3, "digits are split off first"
+
+
+def test_attention_in_bf16_on_a_cpu_is_that_of_fp32() -> None:
+    """Under autocast the keys and values arrive in bf16; from there on attention is exact, backwards as well."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model: Any = hub.tiny_causal_lm(50)
+    attend: Any = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+    module = model.model.layers[0].self_attn
+    half = [torch.randn(2, 2, 5, 16).bfloat16().requires_grad_() for _ in range(3)]
+    full = [x.detach().float().requires_grad_() for x in half]
+    mask = torch.ones(5, 5).tril().bool()[None, None].expand(2, 2, 5, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow, _ = attend(module, *half, mask, scaling=0.25)
+    exact, _ = sdpa_attention_forward(module, *full, mask, scaling=0.25)
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(narrow, exact.bfloat16())
+    narrow.float().sum().backward()
+    exact.sum().backward()
+    for x, y in zip(half, full, strict=True):
+        assert x.grad is not None
+        assert y.grad is not None
+        assert torch.equal(x.grad, y.grad.bfloat16())
