@@ -10,7 +10,8 @@
 - *bare*: a hand-written torch loop that does the same arithmetic on float32 tensors that were scaled beforehand.
 
 *prefix* fine-tunes a language model whose lower layers are frozen, running them every time and keeping what they make
-(``freeze`` with ``cache``); *fisher* is EWC's work after an experience, *startup* the time to a command's first word.
+(``freeze`` with ``cache``); *remind* streams pictures one at a time to a frozen network's last block, and says where the
+time of each goes; *fisher* is EWC's work after an experience, *startup* the time to a command's first word.
 
 All count training alone: every optimiser step, what a strategy does between experiences (Fisher, memory), nothing of
 making data, model and optimiser, and no evaluation. Accuracies are means over the test sets after the last experience.
@@ -48,7 +49,7 @@ from cl_lab.errors import ConfigError, DataError, PluginError, UserError, neares
 from cl_lab.learner import EngineLearner
 from cl_lab.models import Classifier, MLPBackbone
 from cl_lab.records import PAD, Experience, Stream, TensorData
-from cl_lab.trainer import Silent, Trainer
+from cl_lab.trainer import Record, Silent, Trainer
 
 log = logging.getLogger("cl_lab")
 
@@ -128,6 +129,20 @@ _VMAP_CHUNK = 16  # the fastest of 4 to 128: what fits the cache
 PREFIX = {"weights": "smollm2-135m", "layers": 20, "texts": 64, "tokens": 96, "batch_size": 16}
 """The language model of *prefix*, its frozen layers, and the texts it learns: this many, of half to all of ``tokens``."""
 
+REMIND: dict[str, Any] = {
+    "model": {"name": "efficientnet-lite0", "weights": "random", "resolution": 128},
+    "split": "blocks.15",
+    "base_samples": 300,
+    "streamed_samples": 100,
+    "rows": (
+        ("remind", {"codebooks": 32}),
+        ("remind", {"codebooks": 64, "mixup": 0.0, "crop": 1.0}),
+        ("remind", {"codebooks": None, "mixup": 0.0, "crop": 1.0}),
+        ("slda", {}),
+    ),
+}
+"""What *remind* streams: pictures of 64×64, to the network cut behind ``split``, 50 remembered with each."""
+
 COMMANDS = (("--help",), ("list", "strategies"), ("show", "strategy", "ewc"), ("run", "--help"))
 """Command lines whose start is measured."""
 
@@ -137,7 +152,7 @@ def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]
 
     Times are medians over ``repeats``. Raises :class:`ConfigError` for an unknown name or a thread count below 1.
     """
-    known = [*WORKLOADS, "fisher", "prefix", "startup"]
+    known = [*WORKLOADS, "fisher", "prefix", "remind", "startup"]
     if name not in known:
         raise ConfigError(f"bench: unknown benchmark '{name}'{nearest(name, known)}")
     if any(n < 1 for n in threads):
@@ -151,6 +166,10 @@ def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]
             for n in threads:
                 torch.set_num_threads(n)
                 rows.append(_prefix(n, repeats))
+        elif name == "remind":
+            for n in threads:
+                torch.set_num_threads(n)
+                rows.extend(_remind(strategy, knobs, n, repeats) for strategy, knobs in REMIND["rows"])
         elif name == "fisher":
             stream, data = _stream(replace(WORKLOADS["loop"], train_samples=FISHER_SAMPLES))
             for n in threads:
@@ -190,7 +209,11 @@ def _kept(stream: Stream, change: Callable[[TensorData], TensorData]) -> Stream:
 
 
 def _experience(like: Experience, train: TensorData, test: TensorData) -> Experience:
-    return Experience(like.index, like.name, like.classes, lambda: train, lambda: test)
+    return _made(like.index, like.name, like.classes, train, test)
+
+
+def _made(index: int, name: str, classes: Sequence[int], train: TensorData, test: TensorData) -> Experience:
+    return Experience(index, name, classes, lambda: train, lambda: test)
 
 
 def _made_up(work: Workload) -> Stream:
@@ -210,8 +233,7 @@ def _made_up(work: Workload) -> Stream:
     experiences = []
     for i in range(work.experiences):
         train, test = draw(i * per, work.train_samples), draw(i * per, work.test_samples)
-        like = Experience(i, f"made-up {i}", range(i * per, (i + 1) * per), lambda: train, lambda: test)  # noqa: B023
-        experiences.append(_experience(like, train, test))
+        experiences.append(_made(i, f"made-up {i}", range(i * per, (i + 1) * per), train, test))
     return Stream(
         "made-up", tuple(experiences), work.shape, work.classes, online=work.online, boundaries=not work.online
     )
@@ -571,6 +593,107 @@ def _made_up_texts(texts: int, tokens: int) -> Stream:
         answers=answers,
         scoring="first-token",
     )
+
+
+# -- pictures, one at a time ---------------------------------------------------------------------------------------
+
+
+class _Streaming(Silent):
+    """What the second experience took, in all and in some methods of the strategy alone, without its evaluation."""
+
+    def __init__(self, strategy: Any, methods: Mapping[str, str]) -> None:
+        self._clock = dict.fromkeys(methods, 0.0)
+        self._inner = 0.0  # seconds in timed methods that the running one has called
+        self._before = self._now = dict(self._clock)
+        self._base = self.seconds = 0.0
+        for name, method in methods.items():
+            setattr(strategy, method, self._timing(name, getattr(strategy, method)))
+
+    def _timing(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **how: Any) -> Any:
+            start, outer, self._inner = time.perf_counter(), self._inner, 0.0
+            try:
+                return call(*args, **how)
+            finally:
+                took = time.perf_counter() - start
+                self._clock[name] += took - self._inner
+                self._inner = outer + took
+
+        return timed
+
+    def stepped(self, experience: Experience, step: int, loss: float | None) -> None:
+        self._now = dict(self._clock)  # what an evaluation adds comes after the last step
+
+    def scored(self, record: Record) -> None:
+        if len(record.matrix) == 1:
+            self._base, self._before = record.train_seconds, dict(self._clock)
+        self.seconds = record.train_seconds - self._base
+
+    def inside(self) -> dict[str, float]:
+        """Seconds in each method but for those it called, while the second experience was learnt."""
+        return {name: self._now[name] - self._before[name] for name in self._clock}
+
+
+def _remind(strategy: str, knobs: Mapping[str, Any], threads: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds for a streamed picture, medians over ``repeats``: in all, in the frozen layers, in codes, in the step.
+
+    SLDA learns from the features that the whole network makes, so all it does is ``other_ms`` but for the network, which is
+    part of it too. ``pictures_per_second`` is 1,000 over the whole.
+    """
+    work = REMIND
+    link = {"name": strategy, **knobs}
+    remind = strategy == "remind"
+    link |= {"split": work["split"], "base": "pretrained"} if remind else {"base": "frozen"}
+    config = parse(
+        {
+            "scenario": {"name": "made-up"},
+            "model": work["model"],
+            "strategy": link,
+            "training": {"epochs": 1, "batch_size": 1, "lr": 0.005, "momentum": 0.9, "first": {"batch_size": 64}},
+            "engine": {"device": "cpu"},
+            "checkpoint": {"enabled": False},
+            "tracking": {"uri": None},
+            "seed": SEED,
+        },
+        "bench",
+    )
+    found: dict[str, list[float]] = {"all": [], "frozen": [], "codes": [], "other": []}
+    for _ in range(repeats):
+        stream = _pictures(work["base_samples"], work["streamed_samples"])
+        seeding.seed_everything(SEED)
+        model = registry.create("models", work["model"], "model").build(stream)
+        learning = registry.create("strategies", link, "strategy")
+        chain = Chain([learning], [strategy], stream)
+        learner = EngineLearner(chain.prepare(model, stream), stream, config.training, config.engine, SEED)
+        clock = _Streaming(learning, {"frozen": "_latents", "codes": "_codes", "decode": "_decode"} if remind else {})
+        Trainer(stream, learner, chain, config, SEED, observer=clock).run()
+        inside = clock.inside()
+        frozen, codes = inside.get("frozen", 0.0), inside.get("codes", 0.0) + inside.get("decode", 0.0)
+        for name, seconds in (("all", clock.seconds), ("frozen", frozen), ("codes", codes)):
+            found[name].append(1000 * seconds / work["streamed_samples"])
+        found["other"].append(found["all"][-1] - found["frozen"][-1] - found["codes"][-1])
+    median = {name: statistics.median(ms) for name, ms in found.items()}
+    return {
+        "strategy": strategy,
+        "settings": ", ".join(f"{k}={v}" for k, v in knobs.items()),
+        "threads": threads,
+        "pictures_per_second": 1000 / median["all"],
+        **{f"{name}_ms": ms for name, ms in median.items()},
+        "repeats": repeats,
+    }
+
+
+def _pictures(base: int, streamed: int) -> Stream:
+    """Random pictures of 64×64, ten classes and ten more: what they show makes no difference to the time."""
+    rng = seeding.generator(SEED, "bench")
+
+    def draw(first: int, samples: int) -> TensorData:
+        y = first + torch.arange(samples) % 10
+        return TensorData(torch.randint(256, (samples, 3, 64, 64), generator=rng).byte(), y, torch.zeros_like(y))
+
+    parts = [(draw(0, base), draw(0, 10)), (draw(10, streamed), draw(10, 10))]
+    experiences = (_made(i, f"made-up {i}", range(10 * i, 10 * i + 10), *part) for i, part in enumerate(parts))
+    return Stream("made-up", tuple(experiences), (3, 64, 64), 20)
 
 
 def _fisher_by_vmap(model: nn.Module, x: Tensor, t: Tensor) -> dict[str, Tensor]:

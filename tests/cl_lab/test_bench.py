@@ -129,3 +129,23 @@ def test_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["loss_kept"] == pytest.approx(row["loss_run"], rel=1e-4)
     assert all(row[f"{way}_{epoch}_s"] > 0 for way in ("run", "kept") for epoch in ("first", "later"))
     assert row["speedup_later"] == pytest.approx(row["run_later_s"] / row["kept_later_s"])
+
+
+def test_remind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of a streamed picture's time add up, and where no codes are made none are counted."""
+    small = {
+        "model": {"name": "convnet"},
+        "split": "layers.0",
+        "base_samples": 40,
+        "streamed_samples": 4,
+        "rows": (("remind", {"codebooks": 2, "codebook_size": 8}), ("remind", {"codebooks": None}), ("slda", {})),
+    }
+    monkeypatch.setattr(bench, "REMIND", small)
+    coded, plain, slda = bench.run("remind", [1], 1)
+    for row in (coded, plain, slda):
+        assert row["frozen_ms"] + row["codes_ms"] + row["other_ms"] == pytest.approx(row["all_ms"])
+        assert row["pictures_per_second"] == pytest.approx(1000 / row["all_ms"])
+        assert row["other_ms"] > 0
+    assert coded["frozen_ms"] > 0
+    assert coded["codes_ms"] > plain["codes_ms"]
+    assert slda["frozen_ms"] == 0
