@@ -90,6 +90,7 @@ class Remind(Strategy):
     _lower: list[str] = field(default_factory=list, init=False, repr=False)  # modules of G
     _frozen: bool = field(default=False, init=False, repr=False)
     _live: bool = field(default=False, init=False, repr=False)  # test samples are asked anew with each answer so far
+    _base_codes: TensorData | None = field(default=None, init=False, repr=False)  # not state: encoded anew on resuming
     _encoder: nn.Module | None = field(default=None, init=False, repr=False)  # not state: a copy of the model
 
     def __post_init__(self) -> None:
@@ -140,9 +141,13 @@ class Remind(Strategy):
     def training_set(self, experience: Experience, learner: Learner) -> TensorData:
         if not self._frozen:
             return experience.train
-        codes = self.encode(experience.train, learner)
-        if experience.index > 0:
-            self._watch(experience, learner)
+        watched = self._quantizer is not None and 0 < experience.index >= len(self._errors)
+        lost = torch.zeros(2, dtype=torch.float64, device=learner.device) if watched else None
+        codes = self._encoded(experience.train, learner, lost)
+        if lost is not None:
+            self._watch(experience, *learner.reduce(lost).tolist())
+        if experience.index == 0:
+            self._base_codes = codes
         return codes
 
     def after_experience(self, experience: Experience, learner: Learner) -> None:
@@ -150,7 +155,8 @@ class Remind(Strategy):
             return
         if not self._frozen:
             self._begin_coding(experience, learner)
-        codes = self.encode(experience.train, learner)
+        codes = self.encode(experience.train, learner) if self._base_codes is None else self._base_codes
+        self._base_codes = None
         self._counts += torch.bincount(codes.y, minlength=len(self._counts))
         self._memory.add({"x": codes.x, "y": codes.y, "t": codes.t}, learner.rng)
 
@@ -194,12 +200,14 @@ class Remind(Strategy):
 
         Where something goes with the latents (:attr:`_flat`), a row is flat: its codes, then that.
         """
-        if not data.raw:
-            return data
+        return self._encoded(data, learner) if data.raw else data
+
+    def _encoded(self, data: TensorData, learner: Learner, lost: Tensor | None = None) -> TensorData:
+        """The codes of ``data``; adds to ``lost`` this rank's power of what codes lose, and of the latents."""
         mine = learner.shard_rows(torch.arange(len(data)))
         codes: Tensor | None = None
         for rows in mine.split(_ENCODE_ROWS):
-            found = self._codes(data.take(rows), learner)
+            found = self._codes(data.take(rows), learner, lost)
             if codes is None:
                 codes = torch.zeros(len(data), *found.shape[1:], dtype=found.dtype)
             codes[rows] = found.cpu()
@@ -215,10 +223,15 @@ class Remind(Strategy):
         rows = math.prod(self._shape[:-1])
         return [rows * (width + self._flat.marks) + self._flat.beside]
 
-    def _codes(self, data: TensorData, learner: Learner) -> Tensor:
+    def _codes(self, data: TensorData, learner: Learner, lost: Tensor | None = None) -> Tensor:
         h, beside = self._vectors(self._latents(data, learner))
         if self._quantizer is not None:
-            h = self._quantizer.encode(h.flatten(0, -2)).unflatten(0, h.shape[:-1])
+            vectors = h.flatten(0, -2)
+            codes = self._quantizer.encode(vectors)
+            if lost is not None:
+                missed = vectors - self._quantizer.decode(codes)
+                lost += torch.stack([missed.square().sum(), vectors.square().sum()]).to(lost)
+            h = codes.unflatten(0, h.shape[:-1])
         return h if beside is None else torch.cat([h.flatten(1), beside.to(h.dtype)], 1)
 
     @torch.no_grad()
@@ -257,11 +270,9 @@ class Remind(Strategy):
         few = data.take(torch.arange(min(len(data), _ENCODE_ROWS)))
         return self._quantizer.error(self._vectors(self._latents(few, learner))[0].flatten(0, -2))
 
-    def _watch(self, experience: Experience, learner: Learner) -> None:
-        """Measure the codes on fresh data, once per experience; warn where the stream has left the codebooks behind."""
-        if self._quantizer is None or len(self._errors) > experience.index:
-            return
-        error = self._error(experience.train, learner)
+    def _watch(self, experience: Experience, lost: float, power: float) -> None:
+        """Note what codes lost of the newest samples; warn where the stream has left the codebooks behind."""
+        error = lost / power if power else math.nan
         self._errors.append(error)
         if error > max(self.drift * self._errors[0], _HARMLESS):
             log.warning(

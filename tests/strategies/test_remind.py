@@ -268,13 +268,31 @@ def test_drift_from_the_codebooks_is_noticed(caplog: pytest.LogCaptureFixture) -
     far._makers["train"] = lambda: far_away(on)
     with caplog.at_level(logging.WARNING, logger="cl_lab"):
         trainer = trainer_of(on, base="pretrained", drift=1.01)
+        passed = counted_rows(link_of(trainer))
         trainer.run()
+    assert passed.count(len(on.experiences[2].train)) == 3, "a sample passes the frozen layers once, measured or not"
     assert any(
         "the stream has drifted from the codebooks" in r.message and "experience 2" in r.message for r in caplog.records
     )
     link = link_of(trainer)
     assert len(link._errors) == 3
     assert link.measures()["quantisation_error_newest"] == link._errors[2] > link._errors[0]
+    vectors = link._vectors(link._latents(far_away(on), trainer.learner))[0].flatten(0, -2)
+    assert link._quantizer is not None
+    assert link._errors[2] == pytest.approx(link._quantizer.error(vectors), rel=1e-5)
+
+
+def counted_rows(link: Remind) -> list[int]:
+    """Will hold how many rows each call of the frozen layers had."""
+    rows: list[int] = []
+    latents = link._latents
+
+    def count(data: Any, learner: Any) -> Any:
+        rows.append(len(data))
+        return latents(data, learner)
+
+    link._latents = count  # type: ignore[method-assign]
+    return rows
 
 
 def far_away(on: Stream) -> Any:
