@@ -23,8 +23,8 @@ _OWN = "backbone.prefix."
 class TaskPrefix(nn.Module):
     """What stands before a text of task j: ``[p_j, …, p_1]``, of those prompts that there are.
 
-    ``fresh`` ``[L, D]`` is the prompt being learnt, before the network that may rewrite it; ``past`` ``[tasks, L, D]`` holds
-    the ``learnt`` first ones as they ended, and ``learning`` says whether ``fresh`` is one more.
+    ``fresh`` ``[L, D]`` is the newest prompt, before the network that may rewrite it; ``past`` ``[tasks, L, D]`` holds the
+    ``learnt`` ones before it as they ended, and ``learning`` says whether there is a newest one yet.
     """
 
     past: Tensor
@@ -96,6 +96,10 @@ class ProgressivePrompts(SoftPrompts):
 
     def before_experience(self, experience: Experience, learner: Learner) -> None:
         weights = learner.weights()
+        if weights[_OWN + "learning"]:  # not when its task ended: other links may still ask for its gradients then
+            learnt = int(weights[_OWN + "learnt"])
+            weights[_OWN + "past"][learnt] = self._ended(weights)
+            weights[_OWN + "learnt"] = torch.tensor(learnt + 1)
         fresh = weights[_OWN + "fresh"]
         weights[_OWN + "fresh"] = sampled(weights[self._table], self.length, learner.rng).to(fresh.dtype)
         if self.bottleneck is not None:
@@ -105,14 +109,6 @@ class ProgressivePrompts(SoftPrompts):
                     drawn = torch.empty(weights[name].shape).uniform_(-bound, bound, generator=learner.rng)
                     weights[name] = drawn.to(fresh.dtype)
         weights[_OWN + "learning"] = torch.tensor(True)
-        learner.set_weights(dict(weights))
-
-    def after_experience(self, experience: Experience, learner: Learner) -> None:
-        weights = learner.weights()
-        learnt = int(weights[_OWN + "learnt"])
-        weights[_OWN + "past"][learnt] = self._ended(weights)
-        weights[_OWN + "learnt"] = torch.tensor(learnt + 1)
-        weights[_OWN + "learning"] = torch.tensor(False)
         learner.set_weights(dict(weights))
 
     def _ended(self, weights: Mapping[str, Tensor]) -> Tensor:
