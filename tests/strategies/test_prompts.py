@@ -226,6 +226,26 @@ def test_same_seed_same_run(link: dict[str, Any]) -> None:
 
 
 @every
+def test_draws_from_the_runs_generator_alone(link: dict[str, Any]) -> None:
+    trainer = made([link])
+    on, learner, (strategy,) = toys.stream(**STREAM), trainer.learner, trainer.strategy.links
+    learner.begin(fresh=True)
+    before = seeding.global_state()
+    for e in on.experiences[:2]:
+        strategy.before_experience(e, learner)
+        batch = e.train.batch(torch.arange(6))
+        outputs = learner.forward(batch)
+        held = [v.clone() for v in (batch.x, batch.y, batch.t, outputs.detach())]
+        loss = strategy.adjust_loss(learner.loss(outputs, batch), batch=batch, outputs=outputs, learner=learner)
+        assert loss.isfinite()
+        strategy.after_step(learner)
+        strategy.after_experience(e, learner)
+        for value, old in zip((batch.x, batch.y, batch.t, outputs), held, strict=True):
+            assert torch.equal(value, old), "changed what it was given"
+    assert checkpoint.equal(before, seeding.global_state())
+
+
+@every
 @pytest.mark.parametrize("first", [True, False])
 def test_naive_beside_it_changes_nothing(link: dict[str, Any], first: bool) -> None:
     alone = run([link])
