@@ -40,13 +40,18 @@ class CausalBackbone(Backbone):
 
     Behind a stage its latents are flat, ``[B, L·D + L]`` float32: the hidden state of each of the L places (zero where there
     is no token), then the mask, in ones and zeros.
+
+    With a :attr:`prefix`, soft vectors stand before each prompt as if they were its first tokens: every token sees them, and
+    takes its position behind them. ``room`` is how many more places than the stream's own the model reads; ``None``: any.
     """
 
-    def __init__(self, decoder: Any, prompt: int, answer: int) -> None:
+    def __init__(self, decoder: Any, prompt: int, answer: int, *, room: int | None = None) -> None:
         super().__init__()
         self.model: nn.Module = decoder
         self.width = int(decoder.config.hidden_size)
-        self._prompt, self._answer = prompt, answer
+        self._prompt, self._answer, self._room = prompt, answer, room
+        self.prefix: nn.Module | None = None
+        """What stands before each prompt: ``(h, read, t)`` → ``(soft, there)``, see :meth:`take_prefix`."""
         parts = ("embed_tokens", "layers", "norm", "rotary_emb")  # of Llama, Qwen, Mistral and their relatives
         self._layers = len(decoder.layers) if all(hasattr(decoder, p) for p in parts) else None
         self._stages = 1 if self._layers is None else self._layers + 2
@@ -60,9 +65,30 @@ class CausalBackbone(Backbone):
             names = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(self._layers)), "model.norm"]
         return [(name, partial(self.run, first=i, last=i + 1)) for i, name in enumerate(names)]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, P + m·A]`` tokens → ``[B, m·A', width]``."""
-        return self.run(x, 0, None)
+    @property
+    def conditional(self) -> bool:
+        """Whether there is a prefix."""
+        return self.prefix is not None
+
+    def take_prefix(self, prefix: nn.Module, longest: int) -> None:
+        """Put up to ``longest`` soft vectors before each prompt from now on, those that ``prefix`` gives for it.
+
+        ``prefix`` is called with the embeddings ``h`` ``[B, P', width]`` of the prompts' columns, ``read`` ``[B, P']`` bool,
+        which of them hold a token, and the task labels ``t`` ``[B]``; it gives ``soft`` ``[B, L, width]`` and ``there``
+        ``[B, L]`` bool, which of these are in their row. Raises :class:`ConfigError` where there is one already, or no room.
+        """
+        if self.prefix is not None:
+            raise ConfigError("strategy chain: two strategies put soft prompts before each text; keep one of them")
+        if self._room is not None and longest > self._room:
+            raise ConfigError(
+                f"soft prompts of {longest} places: behind the stream's texts the model has {self._room} places left; lower "
+                "their length or number, or scenario.max_prompt"
+            )
+        self.prefix = prefix
+
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """``[B, P + m·A]`` tokens → ``[B, m·A', width]``; ``t`` ``[B]`` for the prefix, where there is one."""
+        return self._said(x, x >= 0, 0, t)
 
     def run(self, x: Tensor, first: int, last: int | None) -> Tensor:
         """Stages ``first`` … ``last − 1``: tokens or flat latents in, flat latents or (where it is through) features out."""
@@ -79,7 +105,7 @@ class CausalBackbone(Backbone):
         h, mask = x.split([places * self.width, places], 1)
         return h.unflatten(1, (places, self.width)).to(next(self.parameters()).dtype), mask > 0.5
 
-    def _said(self, h: Tensor, mask: Tensor, first: int) -> Tensor:
+    def _said(self, h: Tensor, mask: Tensor, first: int, t: Tensor | None = None) -> Tensor:
         """The last stages, on the columns that matter: prompts from the first token on, answers but for their last."""
         (prompt, answers), (read, given) = (v.tensor_split((self._prompt,), 1) for v in (h, mask))
         answers, given = (v.unflatten(1, (-1, self._answer)) for v in (answers, given))
@@ -89,6 +115,11 @@ class CausalBackbone(Backbone):
             torch.cat([v[:, start:], w[:, :, :behind].flatten(1, 2)], 1) for v, w in ((prompt, answers), (read, given))
         )
         p = self._prompt - start
+        if self.prefix is not None:
+            h = self.model.get_input_embeddings()(h.clamp(min=0).long())  # type: ignore[operator]
+            soft, there = self.prefix(h[:, :p], mask[:, :p], t)
+            h, mask = torch.cat([soft.to(h.dtype), h], 1), torch.cat([there, mask], 1)
+            p, first = p + soft.shape[1], 1
         h = self._whole(h, mask, p, behind) if self._layers is None else self._some(h, mask, p, behind, first, None)
         begun = h[:, None, p - 1 : p].expand(-1, m, -1, -1)
         return torch.cat([begun, h[:, p:].unflatten(1, (m, behind))], 2).flatten(1, 2)
@@ -112,15 +143,18 @@ class CausalBackbone(Backbone):
                 h = layer(h, attention_mask=seen, position_ids=places, position_embeddings=turned)
         return decoder.norm(h) if last == self._stages else h
 
-    def _whole(self, tokens: Tensor, mask: Tensor, prompt: int, answer: int) -> Tensor:
-        """The whole decoder, one answer after another: what a family does with a mask of our own is not known."""
-        tokens = tokens.clamp(min=0).long()
+    def _whole(self, x: Tensor, mask: Tensor, prompt: int, answer: int) -> Tensor:
+        """The whole decoder, one answer after another: what a family does with a mask of our own is not known.
+
+        ``x`` are tokens ``[B, T]``, or their embeddings ``[B, T, width]``.
+        """
+        how, x = ("inputs_embeds", x) if x.is_floating_point() else ("input_ids", x.clamp(min=0).long())
         columns = torch.arange(mask.shape[1], device=mask.device)
         said = []
         for one in columns[prompt:].split(answer) if answer else (columns[prompt:],):
             own = torch.cat([columns[:prompt], one])
             read, places = mask[:, own], _places(mask[:, own], prompt, answer)
-            out = self.model(input_ids=tokens[:, own], attention_mask=read.long(), position_ids=places, use_cache=False)
+            out = self.model(**{how: x[:, own]}, attention_mask=read.long(), position_ids=places, use_cache=False)
             said.append(out.last_hidden_state)
         return torch.cat([said[0][:, :prompt], *(h[:, prompt:] for h in said)], 1)
 
@@ -241,8 +275,9 @@ class CausalLM(ModelSpec):
             self._add_adapters(model)
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         prompt, answer = (stream.layout[part][0] for part in self.parts)
+        room = None if context is None or self.weights == _TINY else context - longest
         built = Classifier(
-            CausalBackbone(model.base_model, prompt, answer), VocabularyHead(model.get_output_embeddings())
+            CausalBackbone(model.base_model, prompt, answer, room=room), VocabularyHead(model.get_output_embeddings())
         )
         built.freeze_up_to(self.frozen, keep=self.keep_latents)
         if self.frozen is not None and tied:
@@ -297,6 +332,38 @@ def save_adapters(adapters: Mapping[str, LowRank], model: nn.Module, folder: Pat
         base_model_name_or_path=base,
     )
     folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def save_prompt(model: nn.Module, folder: Path, *, base: str = "") -> None:
+    """Write the soft prompt of a causal-lm ``model`` as one of prompt tuning that PEFT reads.
+
+    ``PeftModel.from_pretrained(plain, folder)`` then answers a text of the newest task as the model does. PEFT puts the
+    prompt before all columns of a batch, so texts of one batch must be equally long, or be given ``position_ids``. ``base``
+    is as in :func:`save_adapters`. Raises :class:`ConfigError` where the prompt depends on the text, or there is none yet,
+    and :class:`OSError` as writing does.
+    """
+    from peft import PromptTuningConfig
+    from safetensors.torch import save_file
+
+    backbone: Any = getattr(model, "backbone", None)
+    newest = getattr(backbone.prefix, "newest", None)
+    prompt = None if newest is None else newest()
+    if prompt is None or not len(prompt):
+        raise ConfigError(
+            "export: the run has no prompt that stands before every text of a task, which is what PEFT reads; export a run "
+            "of progressive-prompts that has learnt a task, or of a strategy with low-rank adapters"
+        )
+    config = PromptTuningConfig(
+        num_virtual_tokens=len(prompt),
+        token_dim=prompt.shape[1],
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=base,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"prompt_embeddings": prompt.detach().to("cpu", torch.float32).contiguous()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 

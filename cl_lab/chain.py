@@ -64,7 +64,7 @@ class Chain:
                     f"strategy '{name}' needs to know where an experience ends, but this stream hides it; "
                     "set scenario.boundaries=true or take a strategy that does not (cl-lab list strategies)"
                 )
-            if link.task_conditioned and not stream.task_labels:
+            if link.task_conditioned and not stream.tells_task:
                 raise ConfigError(
                     f"strategy '{name}' needs the task label of every sample, but stream '{stream.name}' tells none; "
                     "set scenario.incremental=task or take a strategy that does not"

@@ -83,7 +83,8 @@ def export(folder: Path, to: Path) -> dict[str, Any]:
     """Write what the run in ``folder`` has learnt, as its newest checkpoint holds it, to the folder ``to``.
 
     Of a language model with low-rank adapters that is one adapter in PEFT's format, with which
-    ``PeftModel.from_pretrained(model, to)`` answers as the run does; of any other model ``weights.safetensors``, every
+    ``PeftModel.from_pretrained(model, to)`` answers as the run does; of one with soft prompts those of its newest task
+    (:func:`~cl_lab.causal_lm.save_prompt`); of any other model ``weights.safetensors``, every
     parameter and buffer by name. Returns ``{"format", "path", "experiences"}``: ``peft`` or ``weights``, and after how many
     experiences. The run stays as it is. Raises :class:`UserError` where there is no run or no checkpoint of it, where no
     adapter gives the strategy's answers, and where ``to`` cannot be written.
@@ -92,8 +93,9 @@ def export(folder: Path, to: Path) -> dict[str, Any]:
 
     from cl_lab import checkpoint
     from cl_lab.adapters import adapted_layers
-    from cl_lab.causal_lm import save_adapters
+    from cl_lab.causal_lm import save_adapters, save_prompt
     from cl_lab.hub import find_model
+    from cl_lab.models import Classifier
 
     config = saved_config(folder)
     if config.strategy is None:
@@ -107,9 +109,18 @@ def export(folder: Path, to: Path) -> dict[str, Any]:
     model, chain = trainer.learner.model, trainer.strategy
     done = {"path": str(to), "experiences": len(trainer.record.matrix)}
     try:
-        if adapted_layers(model):
+        prompted = isinstance(model, Classifier) and model.backbone.conditional
+        if prompted or adapted_layers(model):
             weights = str(config.model.knobs.get("weights", "smollm2-135m"))
             base = "" if weights == "tiny" else find_model(weights)
+            if prompted:
+                if chain.overrides("predict"):
+                    raise UserError(
+                        f"export: {label_of(config.strategy)} answers in place of the model, so no prompt gives its "
+                        "answers; export a run of progressive-prompts without it"
+                    )
+                save_prompt(model, to, base=base)
+                return {"format": "peft", **done}
             save_adapters(chain.adapters(trainer.learner), model, to, base=base)
             return {"format": "peft", **done}
         if chain.overrides("predict"):

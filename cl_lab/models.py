@@ -129,12 +129,17 @@ class Backbone(nn.Module):
     flat_latents: Mapping[str, FlatLatent] = MappingProxyType({})
     """The stages behind which latents are flat rows, and how these are laid out."""
 
+    @property
+    def conditional(self) -> bool:
+        """Whether something of a sample's own is added on its way: ``forward`` then takes ``t``, and no layer is cut off."""
+        return False
+
     def stages(self) -> list[Stage]:
         """The steps in order; their composition is :meth:`forward`."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features ``[B, width]`` of ``x`` ``[B, *input_shape]``."""
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """Features ``[B, width]`` of ``x`` ``[B, *input_shape]``; task labels ``t`` ``[B]`` where it is conditional."""
         return self.run(x, 0, None)
 
     def run(self, x: Tensor, first: int, last: int | None) -> Tensor:
@@ -165,7 +170,7 @@ class Classifier(nn.Module):
         """
         if latent and self._cut is None:
             raise ValueError("latents were given to a model that is not split; call split first")
-        x = self._through(x, self._cut if latent else self._start, None)
+        x = self._through(x, self._cut if latent else self._start, None, t)
         logits: Tensor = self.head(x, t)
         return logits
 
@@ -192,6 +197,11 @@ class Classifier(nn.Module):
 
     def modules_up_to(self, stage: str) -> list[str]:
         """What :meth:`split` returns, without a cut."""
+        if self.backbone.conditional:
+            raise ConfigError(
+                f"strategy chain: another strategy cuts the network behind '{stage}', but what stands before each text goes "
+                "through all layers, none of which is trained; leave out what cuts or freezes layers"
+            )
         names = [name for name, _ in self.backbone.stages()]
         if stage not in names[max(0, self._start - 1) :]:
             there = names[max(0, self._start - 1) :]
@@ -230,9 +240,9 @@ class Classifier(nn.Module):
         """The penultimate features ``[B, d]`` of ``x`` ``[B, *input_shape]``: what the head sees."""
         return self._through(x, self._start, None)
 
-    def _through(self, x: Tensor, first: int | None, last: int | None) -> Tensor:
+    def _through(self, x: Tensor, first: int | None, last: int | None, t: Tensor | None = None) -> Tensor:
         if not first and last is None:
-            h: Tensor = self.backbone(x)
+            h: Tensor = self.backbone(x, t) if self.backbone.conditional else self.backbone(x)
             return h
         return self.backbone.run(x, first or 0, last)
 

@@ -301,6 +301,11 @@ class Stream:
         return "negative squared error" if self.objective == "regression" else "accuracy"
 
     @property
+    def tells_task(self) -> bool:
+        """Whether ``t`` is the task of a sample, also at test time: of a text it always is."""
+        return self.task_labels or self.objective == "language"
+
+    @property
     def reads_on(self) -> bool:
         """Whether answers are found by reading on from tokens of the answer, not by what follows the prompt alone."""
         return self.objective == "language" and self.scoring in ("generation", "constrained")

@@ -21,9 +21,12 @@ class Freeze(Strategy):
 
     ``layers: k`` takes the bottom k blocks of the network, those whose path ends in a number (``layers.0``,
     ``model.layers.11``, ``layer1.0``), and ``embeddings`` what comes before the first of them (a language model's table of
-    tokens, a stem). That is the published Freeze for language models (arXiv 2501.13453), by structure: its released code
-    looks for ``layers.1`` anywhere in a name and so freezes layers 10 to 19, too. Where embedding and head are one tensor,
-    the one is not frozen without the other.
+    tokens, a stem). That is the published Freeze for language models (arXiv 2501.13453), by structure. Where embedding and
+    head are one tensor, the one is not frozen without the other.
+
+    The released code of that paper looks for ``layers.1`` anywhere in a name and so freezes layers 10 to 19, too: of 32
+    layers, "the bottom 6" are 28. ``variant: released`` freezes what it does, block i where some ``j < k`` has
+    ``"layers.j"`` in ``"layers.i."``, to tell how much of a published result is that set's.
 
     ``modules`` are named by path: each dotted segment of a pattern matches one segment of a module's path, with shell
     wildcards (``backbone.layers.0``, ``backbone.layers.[0-3]``, ``*.norm``), and everything below a match freezes, running
@@ -33,7 +36,7 @@ class Freeze(Strategy):
     With ``cache``, what the frozen bottom makes of a sample is kept, and whenever that sample comes again, in a later epoch
     or rehearsed, training runs the layers above alone. For that the whole bottom must be frozen (``layers``, and
     ``embeddings`` unless nothing in there is trained anyway), samples must come as they are (no augmentation), and this link
-    stands behind those that rehearse.
+    stands behind those that rehearse. What ``variant: released`` freezes above the first layer that learns is not cached.
     """
 
     needs_boundaries: ClassVar[bool] = True
@@ -41,6 +44,9 @@ class Freeze(Strategy):
 
     modules: list[str] = knob([], "module or parameter paths to freeze, with wildcards per segment")
     layers: int = knob(0, "blocks to freeze from the bottom", ge=0)
+    variant: Literal["paper", "released"] = knob(
+        "paper", doc="layers: the bottom ones, or those that the released code's search in names finds"
+    )
     embeddings: bool = knob(False, "freeze what comes before the first block")
     from_experience: int = knob(1, doc="index of the first experience during which they are frozen", ge=0)
     cache: Literal["none", "memory", "disk"] = knob(
@@ -54,6 +60,10 @@ class Freeze(Strategy):
     def __post_init__(self) -> None:
         if not (self.modules or self.layers or self.embeddings):
             raise ConfigError("modules: nothing to freeze; give modules, layers or embeddings")
+        if self.variant == "released" and not self.layers:
+            raise ConfigError(
+                "variant = 'released': says which layers the released code freezes; give layers = 1 or more"
+            )
         if self.cache != "none" and not self.layers:
             raise ConfigError(f"cache = '{self.cache}': keeps what the bottom layers make; give layers = 1 or more")
 
@@ -81,9 +91,12 @@ class Freeze(Strategy):
         held = model.modules_up_to(before[-1]) if before else []
         if self.embeddings and not held:
             raise ConfigError("freeze: embeddings = true: nothing comes before the model's first block; leave it out")
+        chosen = range(self.layers) if self.variant == "paper" else released(self.layers, len(blocks))
         if self.cache != "none":
-            self._cut(model, blocks[self.layers - 1], [] if self.embeddings else held)
-        return [*(held if self.embeddings else []), *(f"backbone.{name}" for name in blocks[: self.layers])]
+            # The frozen set may have gaps; only what lies below the first is the same from one step to the next.
+            bottom = next((i for i in range(len(blocks)) if i not in chosen), len(blocks))
+            self._cut(model, blocks[bottom - 1], [] if self.embeddings else held)
+        return [*(held if self.embeddings else []), *(f"backbone.{blocks[i]}" for i in chosen)]
 
     def _cut(self, model: Any, stage: str, learning: list[str]) -> None:
         """Cut the model behind ``stage``, below which modules in ``learning`` are not frozen."""
@@ -135,6 +148,11 @@ class Freeze(Strategy):
         assert isinstance(frozen, list)
         self._frozen = [str(name) for name in frozen]
         self._prefix = None
+
+
+def released(layers: int, blocks: int) -> list[int]:
+    """The blocks, of so many, that the released code freezes as the bottom ``layers``: ``layers.1`` is in ``layers.10.``."""
+    return [i for i in range(blocks) if any(f"layers.{j}" in f"layers.{i}." for j in range(layers))]
 
 
 def _span(blocks: list[str]) -> str:

@@ -1,7 +1,8 @@
 """One rank of :mod:`conformance.test_engines`: every strategy in turn under one engine, in one process.
 
 ``python two_ranks.py FOLDER``: reads ``FOLDER/jobs.json`` (``[{"key", "links", "stream", "sections"}]``); rank 0 writes each
-job's score matrix to ``FOLDER/matrices.json`` and the final weights to ``FOLDER/<key>.safetensors``.
+job's score matrix to ``FOLDER/matrices.json``, what its strategies measured after each experience to
+``FOLDER/measures.json`` and the final weights to ``FOLDER/<key>.safetensors``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 
 def main(folder: Path) -> None:
-    matrices = {}
+    matrices, measures = {}, {}
     for job in json.loads((folder / "jobs.json").read_text()):
         trainer = toys.trainer(job["links"], toys.stream(**job["stream"]), **job["sections"])
         record = trainer.run()
@@ -25,10 +26,11 @@ def main(folder: Path) -> None:
         trainer.learner.state_dict()  # gathers the optimiser's state, too
         trainer.learner.close()
         if trainer.learner.rank == 0:
-            matrices[job["key"]] = [record.initial, *record.matrix]
+            matrices[job["key"]], measures[job["key"]] = [record.initial, *record.matrix], record.measures
             save_file({k: v.contiguous() for k, v in weights.items()}, folder / f"{job['key']}.safetensors")
     if os.environ["RANK"] == "0":
         (folder / "matrices.json").write_text(json.dumps(matrices))
+        (folder / "measures.json").write_text(json.dumps(measures))
 
 
 if __name__ == "__main__":

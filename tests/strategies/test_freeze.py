@@ -15,6 +15,7 @@ from cl_lab.errors import ConfigError
 from cl_lab.models import matching
 from cl_lab.records import Stream
 from cl_lab.trainer import Record, Silent, Trainer
+from strategies.freeze import released
 
 
 def weights_after_each(modules: list[str], on: Stream, **sections: Any) -> tuple[Trainer, list[dict[str, Tensor]]]:
@@ -225,6 +226,45 @@ def test_layers_are_counted_from_the_bottom(
     assert wanted
 
 
+@pytest.mark.parametrize(
+    ("blocks", "layers", "frozen"),
+    [
+        (12, 3, {0, 1, 2, 10, 11}),
+        (12, 7, {*range(7), 10, 11}),
+        (30, 2, {0, 1, *range(10, 20)}),
+        (32, 3, {0, 1, 2, *range(10, 30)}),
+        (12, 1, {0}),
+    ],
+)
+def test_the_released_code_freezes_what_its_search_in_names_finds(blocks: int, layers: int, frozen: set[int]) -> None:
+    """Pythia-160m has 12 layers, LLaMA-2 has 32."""
+    model = {"name": "mlp", "hidden": [4] * blocks}
+    names = frozen_by(model, toys.stream(), layers=layers, variant="released")
+    assert {int(n.split(".")[2]) for n in names} == frozen
+    assert len(names) == 2 * len(frozen), "weight and bias"
+
+
+def test_the_released_codes_counts_for_llama() -> None:
+    assert [len(released(k, 32)) for k in (2, 3, 6, 9)] == [12, 23, 28, 31]
+    assert set(range(32)) - set(released(6, 32)) == {6, 7, 8, 9}
+    assert set(range(32)) - set(released(9, 32)) == {9}
+
+
+def test_of_a_set_with_gaps_the_bottom_is_cached() -> None:
+    """Of the frozen blocks 0, 1, 10 and 11 the model is cut behind 1, and training goes as it does without a cache."""
+    on = toys.stream()
+    model = {"name": "mlp", "hidden": [16] * 12, "activation": "tanh"}
+    link = {"name": "freeze", "layers": 2, "variant": "released"}
+    training = {"lr": 0.05, "epochs": 1}
+    plain = run([link], on, model=model, training=training)
+    kept = run([{**link, "cache": "memory"}], on, model=model, training=training)
+    cut: Any = kept.learner.model
+    assert cut.cut == "layers.1"
+    assert kept.record.measures[-1]["freeze/cached_samples"] == 120
+    for name, value in toys.weights_of(plain).items():
+        assert torch.allclose(value, toys.weights_of(kept)[name], atol=1e-5), name
+
+
 def run(links: list[dict[str, Any]], on: Stream, **sections: Any) -> Trainer:
     trainer = toys.trainer(links, on, **sections)
     trainer.run()
@@ -289,6 +329,7 @@ def test_a_killed_run_goes_on_to_the_same_weights_with_a_cache(tmp_path: Path) -
         ([{"name": "freeze"}], toys.MLP, "nothing to freeze; give modules, layers or embeddings"),
         ([{"name": "freeze", "layers": 3}], toys.MLP, r"layers = 3: the model has 2 blocks \(layers.0 to layers.1\)"),
         ([{"name": "freeze", "modules": ["x"], "cache": "memory"}], toys.MLP, "give layers = 1 or more"),
+        ([{"name": "freeze", "embeddings": True, "variant": "released"}], toys.MLP, "variant = 'released': says which"),
         ([{"name": "freeze", "embeddings": True}], toys.MLP, "nothing comes before the model's first block"),
         (
             [

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -10,10 +13,11 @@ import torch
 import toys
 from torch import Tensor
 
-from cl_lab import registry
+from cl_lab import launch, registry
 from cl_lab.protocols import Learner, Strategy
-from cl_lab.records import OBJECTIVES, PAD, Batch, Objective, Stream
+from cl_lab.records import OBJECTIVES, PAD, Batch, Experience, Objective, Stream
 from cl_lab.trainer import Trainer
+from strategies.ilora import ILoRA
 
 LM = {"name": "causal-lm", "weights": "tiny", "lora_targets": ["*_proj"]}
 ADAM = {"lr": 0.02, "optimizer": "adam", "epochs": 6}
@@ -34,6 +38,43 @@ class Watch(Strategy):
 
     def after_step(self, learner: Learner) -> None:
         self._seen.append({n: p.clone() for n, p in learner.parameters().items()})
+
+
+@dataclass
+class Averaged(ILoRA):
+    """Measures how far its slow weights are from the closed-form average of the fast ones, kept after every step."""
+
+    _seen: list[dict[str, Tensor]] = field(default_factory=list, init=False, repr=False)
+    _found: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+
+    def mix(self, batch: Batch, learner: Learner) -> Batch:
+        if not self._seen:
+            self._keep(learner)
+        return super().mix(batch, learner)
+
+    def after_step(self, learner: Learner) -> None:
+        super().after_step(learner)
+        self._keep(learner)
+
+    def _keep(self, learner: Learner) -> None:
+        self._seen.append({n: p.to("cpu", torch.float64, copy=True) for n, p in learner.parameters().items()})
+
+    def after_experience(self, experience: Experience, learner: Learner) -> None:
+        super().after_experience(experience, learner)
+        n = len(self._seen) - 1
+        slow = dict(self._slow._ready(learner).named_parameters())
+        apart, behind = 0.0, 0.0
+        for name in self._seen[0]:
+            path = torch.stack([seen[name] for seen in self._seen])
+            # θ_s = λⁿ θ_0 + (1 − λ) Σ_k λⁿ⁻ᵏ θ_k
+            weights = (1 - self.decay) * self.decay ** (n - torch.arange(n + 1, dtype=torch.float64))
+            weights[0] = self.decay**n
+            apart = max(apart, float((torch.tensordot(weights, path, 1) - slow[name].cpu().double()).abs().max()))
+            behind = max(behind, float((path[-1] - slow[name].cpu().double()).abs().max()))
+        self._found = {"steps": float(n), "parameters": float(len(slow)), "apart": apart, "behind": behind}
+
+    def measures(self) -> dict[str, float]:
+        return dict(self._found)
 
 
 def trainer(on: Stream, knobs: dict[str, Any], **sections: Any) -> tuple[Trainer, Any]:
@@ -63,6 +104,39 @@ def test_slow_weights_are_the_closed_form_average(decay: float, warm_up: bool) -
         assert not slow[name].requires_grad
     if warm_up and decay == 0.99:
         assert torch.allclose(weights[:-1], weights[1:], atol=1e-3), "until λ takes over, the plain mean"
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "torch": {"kind": "torch"},
+    "ddp": {"kind": "torch", "processes": 2, "threads": 1},
+    **{f"zero{i}": {"kind": "deepspeed", "zero": i, "processes": 2, "threads": 1} for i in (1, 2, 3)},
+}
+
+
+@pytest.mark.slow
+def test_the_closed_form_holds_under_every_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain torch, then DDP and ZeRO 1–3 on two ranks of one launch: 108 steps, a second task with its memory in them."""
+    link = {"name": f"{__file__}:Averaged", "memory": 60, "decay": 0.95, "warm_up": False}
+    stream = {"form": "texts", "scoring": "first-token", "experiences": 2}
+    sections = {"model": {**LM, "lora_targets": ["q_proj"], "layers": 1}, "training": ADAM | {"lr": 0.005, "epochs": 9}}
+    found = {"torch": toys.trainer([link], toys.stream(**stream), **sections).run().measures}
+    jobs = [
+        {"key": key, "links": [link], "stream": stream, "sections": {**sections, "engine": engine}}
+        for key, engine in ENGINES.items()
+        if key != "torch"
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(toys.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    )
+    assert launch.run_ranks("two_ranks", [str(tmp_path)], 2, 1) == 0
+    found |= json.loads((tmp_path / "measures.json").read_text())
+    assert list(found) == list(ENGINES)
+    for key, measures in found.items():
+        last = {name.rpartition("/")[2]: value for name, value in measures[-1].items()}
+        assert last["steps"] == 108, key
+        assert last["apart"] <= 1e-6, (key, last)
+        assert last["behind"] > 1e-3, f"{key}: the fast weights are elsewhere"
 
 
 def test_released_slow_weights_never_move() -> None:
