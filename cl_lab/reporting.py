@@ -746,6 +746,7 @@ def _view(comparison: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], 
             {"label": r.label, "cells": [_cost(r, c) for c in costs], "ratio": _ratio_to_naive(r, learners)}
             for r in shown
         ],
+        "measures": [row for r in shown for row in _measures(r)],
         "metric_labels": [r.label for r in shown],
         "metric_rows": [{"name": m, "cells": [score.stat(r.metrics.get(m)) for r in shown]} for m in every],
         "definitions": [(m, *score.explained(m)) for m in every if m in METRICS or m not in _MAIN],
@@ -832,6 +833,30 @@ def _matrix_table(row: Row, names: Sequence[str]) -> dict[str, Any]:
             {"head": head, "cells": [row.score.number(v) if math.isfinite(v) else "–" for v in r]} for head, r in rows
         ],
     }
+
+
+def _measures(row: Row) -> list[dict[str, str]]:
+    """What a strategy measured itself, after the first experience and after the last: means over the finished runs.
+
+    Numbers of a single experience (``…_exp_0``) are left to ``run.json``.
+    """
+    runs = [run["measures"] for run in row.done if run.get("measures")]
+    found = []
+    for name in {name: None for measures in runs for m in measures for name in m}:
+        if re.search(r"_exp_\d+$", name):
+            continue
+        ends = []
+        for i in (0, -1):
+            values = [v for measures in runs if (v := _number(measures[i].get(name))) is not None]
+            ends.append(_plain(sum(values) / len(values)) if values else "–")
+        found.append({"label": row.label, "name": name, "first": ends[0], "last": ends[1]})
+    return found
+
+
+def _plain(value: float) -> str:
+    """A number of no known unit in a table."""
+    whole = value == int(value) and abs(value) < 1e15
+    return (f"{int(value):,}".replace(",", "\u202f") if whole else f"{value:.4g}").replace("-", "−")
 
 
 def _ratio_to_naive(row: Row, learners: Sequence[Row]) -> str:

@@ -75,7 +75,7 @@ class Record:
     anytime: list[dict[str, Any]] = field(default_factory=list)
     losses: list[dict[str, Any]] = field(default_factory=list)
     measures: list[dict[str, float]] = field(default_factory=list)
-    """Numbers of the strategy's own after each experience, by ``strategy/name``."""
+    """Numbers of the strategy's own after each experience, by ``strategy/name``; with those of its other answers."""
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     samples: int = 0
@@ -174,7 +174,7 @@ class Trainer:
             if valid:
                 self.record.valid.append(valid)
             self.record.trainable_parameters = self.learner.trainable_parameters
-            self.record.measures.append(self.strategy.measures())
+            self.record.measures.append(self.strategy.measures() | self._other_scores(experience.index + 1))
             self.record.strategy_state_bytes = state_bytes(self.strategy.state_dict())
             self.record.peak_memory_bytes = max(self.record.peak_memory_bytes, _peak_memory(self.learner.device))
             self._position = _Position(experience=experience.index + 1)
@@ -381,16 +381,31 @@ class Trainer:
             f"step {step} with training.lr={t.lr}; lower training.lr (or the strategy's strength), or set training.clip_norm"
         )
 
-    def _score(self, first: int | None = None) -> tuple[list[float], list[float]]:
-        """Score on the test set of every experience (or the ``first`` so many), and, of free answers, the valid shares."""
+    def _score(
+        self, first: int | None = None, predict: Callable[[Batch], Tensor] | None = None
+    ) -> tuple[list[float], list[float]]:
+        """Score on the test set of every experience (or the ``first`` so many), and, of free answers, the valid shares.
+
+        ``predict`` answers in place of the strategy.
+        """
         with self._timed("eval_seconds"):
             size = self.config.evaluation.batch_size
             scores: dict[int, Score] = {}  # experiences may share a test set
             for e in self.stream.experiences[:first]:
                 if id(e.test) not in scores:
-                    scores[id(e.test)] = self.learner.score(self._test_set(e), size, self._predict)
+                    scores[id(e.test)] = self.learner.score(self._test_set(e), size, predict or self._predict)
             row = [scores[id(e.test)] for e in self.stream.experiences[:first]]
             return [s.value for s in row], [s.valid for s in row if s.valid is not None]
+
+    def _other_scores(self, seen: int) -> dict[str, float]:
+        """What the strategy's other answers score on the ``seen`` experiences met so far: each, and their mean."""
+        found = {}
+        for name, answer in self.strategy.other_answers(self.learner).items():
+            key = f"{name}_{self.stream.score.replace(' ', '_')}"
+            row, _ = self._score(seen, answer)
+            found[key] = sum(row) / len(row)
+            found |= {f"{key}_exp_{j}": score for j, score in enumerate(row)}
+        return found
 
     def _test_set(self, experience: Experience) -> TensorData:
         """The test set as the strategy wants it: encoded once for each encoding."""
