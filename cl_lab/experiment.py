@@ -245,7 +245,9 @@ class _Run:
                 {
                     "index": e.index,
                     "name": e.name,
-                    "classes": list(e.classes),
+                    # Of texts the classes are rows of a table that is not here; there may be as many as samples.
+                    **({"answers": len(e.classes)} if raw.answers is not None else {"classes": list(e.classes)}),
+                    **({"measure": raw.measures[e.index]} if raw.measures else {}),
                     "train_samples": len(e.train),
                     "test_samples": len(e.test),
                 }

@@ -191,7 +191,7 @@ class Score:
 
     @property
     def title(self) -> str:
-        return self.name.capitalize()
+        return self.name[:1].upper() + self.name[1:]
 
     @property
     def axis(self) -> str:

@@ -18,7 +18,7 @@ from cl_lab.errors import ConfigError, DataError, nearest
 from cl_lab.files import cache_root
 from cl_lab.knobs import knob
 from cl_lab.protocols import Scenario
-from cl_lab.records import PAD, Experience, Scoring, Stream, TensorData
+from cl_lab.records import PAD, Experience, Measure, Scoring, Stream, TensorData
 from cl_lab.seeding import generator, permutation
 
 from . import _cache
@@ -57,6 +57,11 @@ class TextStream(Scenario):
     without one: `` World`` is one token. A tokenizer that keeps the space apart (bytes) has it in the prompt. Labels must
     fit ``max_answer``; longer free answers are cut.
 
+    Free answers can be worded in many ways. With ``measure`` what the model writes, up to ``max_answer`` tokens, is compared
+    as words with the whole right text, also where that was cut to be learnt: ``rouge-l`` (Lin 2004) or ``f1`` (SQuAD's);
+    both are described in :mod:`cl_lab.overlap`. A task's score is then the mean over its rows, in [0, 1]; no share of valid
+    answers is given, there being no set of them.
+
     A sample is int32 ``[P + A]``: the prompt, ending at column P, then the answer with the end-of-text token, the rest
     PAD. Which rows ``train_samples`` takes depends on the run's seed and the task's name, not on its place in the order;
     the test rows are the same for every seed. All is tokenised once; the cache keeps it until a file, the tokenizer or one
@@ -77,6 +82,11 @@ class TextStream(Scenario):
         "generation",
         "generation: the model writes its answer; constrained: the likeliest of the task's labels; first-token: the label "
         "with the likeliest first token; opening: right where the likeliest token of all begins the right answer",
+    )
+    measure: Measure | dict[str, Measure] = knob(
+        "exact",
+        "what a freely written answer is worth: exact (1 or 0), rouge-l or f1 (overlap with the whole right text); for "
+        "tasks without labels, or by task: {MeetingBank: rouge-l}",
     )
     train_samples: int | None = knob(
         None, "training rows per task, equally many of each label, drawn with the run's seed; null: all", ge=1
@@ -145,10 +155,11 @@ class TextStream(Scenario):
         from cl_lab.hub import load_tokenizer
 
         tasks = find_tasks(self._names(), self.data_dir, self.test_share)
+        asked = self._asked(tasks)
         tokenizer = load_tokenizer(self.tokenizer, trust_remote_code=self.trust_remote_code)
         if self.shuffle_tasks:
             order = permutation(len(tasks), seed if self.order_seed is None else self.order_seed, "tasks")
-            tasks = [tasks[i] for i in order.tolist()]
+            tasks, asked = ([some[i] for i in order.tolist()] for some in (tasks, asked))
         sets = [_TokenSet(task.name, self._tokens(task, tokenizer)) for task in tasks]
         if self.scoring in ("constrained", "first-token"):
             for one in sets:
@@ -157,22 +168,26 @@ class TextStream(Scenario):
                         f"scoring = '{self.scoring}': task '{one.name}' has free answers, no labels to choose from; use "
                         "scoring=generation, or list its answers in labels.json in its folder"
                     )
+        measures = self._measures(sets, asked)
         used = _PARTS if self.holdout is None else ("train",)
         self._tell(sets, used)
         chosen = [self._chosen(one, seed) for one in sets]
-        answers: dict[tuple[int, ...], int] = {}
-        outputs = [_outputs(one, rows.values(), answers) for one, rows in zip(sets, chosen, strict=True)]
+        answers: dict[_Answer, int] = {}
+        outputs = [
+            _outputs(one, rows.values(), answers, compared=measure != "exact")
+            for one, rows, measure in zip(sets, chosen, measures, strict=True)
+        ]
         # Widths are those of whole tasks, whatever was drawn of them: the same for every seed.
         prompt = max(one.longest(part) for one in sets for part in used)
         longest = max(len(a) for one in sets for a in one.answers_of(used))
         table = torch.full((len(answers), longest), PAD)
-        for answer, row in answers.items():
+        for (answer, _), row in answers.items():
             table[row, : len(answer)] = torch.tensor(answer)
         experiences = [
             Experience(
                 i,
                 one.name,
-                output[output >= 0].tolist(),
+                output[output >= 0].unique().tolist(),
                 partial(_samples, one, rows["train"], output, table, prompt, i),
                 partial(_samples, one, rows["test"], output, table, prompt, i),
             )
@@ -190,7 +205,42 @@ class TextStream(Scenario):
             answers=table,
             scoring=self.scoring,
             vocabulary=tokenizer.size,
+            tokenizer=tokenizer,
+            measures=tuple(measures) if set(measures) != {"exact"} else (),
+            references=tuple(text for _, text in answers) if set(measures) != {"exact"} else (),
         )
+
+    def _asked(self, tasks: Sequence[Task]) -> list[Measure | None]:
+        """The measure that is asked for each of ``tasks`` by name. Raises :class:`ConfigError` for a name that is none."""
+        if not isinstance(self.measure, dict):
+            return [None] * len(tasks)
+        named = [(name, task.name) for name, task in zip(self._names(), tasks, strict=True)]
+        for name in self.measure:
+            if not any(name in pair for pair in named):
+                there = [name for name, _ in named]
+                raise ConfigError(
+                    f"measure: '{name}' is none of the tasks{nearest(name, there)}; name one of {', '.join(there)}"
+                )
+        return [self.measure.get(name, self.measure.get(short)) for name, short in named]
+
+    def _measures(self, sets: Sequence[_TokenSet], asked: Sequence[Measure | None]) -> list[Measure]:
+        """How the answers of each task are measured. Raises :class:`ConfigError` where there is nothing to compare."""
+        free: Measure = "exact" if isinstance(self.measure, dict) else self.measure
+        found: list[Measure] = [
+            wanted or ("exact" if one.fact("labelled") else free) for one, wanted in zip(sets, asked, strict=True)
+        ]
+        compared = next((m for m in found if m != "exact"), None)
+        if free != "exact" and compared is None:
+            raise ConfigError(
+                f"measure = '{free}': compares free answers, but every task has labels; leave it out, or name a task "
+                f"(measure={{{sets[0].name}: {free}}})"
+            )
+        if compared is not None and self.scoring != "generation":
+            raise ConfigError(
+                f"measure = '{compared}': compares what is written, but scoring is '{self.scoring}'; set "
+                "scoring=generation, or measure=exact"
+            )
+        return found
 
     def _tokens(self, task: Task, tokenizer: Tokenizer) -> Arrays:
         """All rows of a task in tokens, from the cache or made now."""
@@ -199,7 +249,7 @@ class TextStream(Scenario):
         key = _cache.key_of(
             repr(part)
             for part in (
-                "text-stream 1",
+                "text-stream 2",
                 task.digest(),
                 tokenizer.key,
                 tokenizer.chat("x") if self.chat else None,
@@ -277,10 +327,13 @@ _ARRAYS = (
     "train_place",
     "answer_tokens",
     "answer_starts",
+    "answer_text",
+    "answer_text_starts",
     "facts",
 )
 """Tokens of all rows one behind the other, int32, with int64 ``[N + 1]`` where each starts; ``y`` ``[N]`` int64 numbers
-the task's own answers; ``train_place`` ``[N]`` float64 is the place in [0, 1) that decides on a hold-out."""
+the task's own answers, whose texts are UTF-8 in ``answer_text``; ``train_place`` ``[N]`` float64 is the place in [0, 1) that
+decides on a hold-out."""
 
 
 class _Rows(NamedTuple):
@@ -310,6 +363,11 @@ class _TokenSet:
         start, end = self.arrays["answer_starts"][number : number + 2]
         return tuple(self.arrays["answer_tokens"][start:end].tolist())
 
+    def text(self, number: int) -> str:
+        """The same in words, as it was before it was cut."""
+        start, end = self.arrays["answer_text_starts"][number : number + 2]
+        return bytes(self.arrays["answer_text"][start:end]).decode("utf-8", "surrogatepass")
+
     def labels(self, rows: _Rows) -> Tensor:
         """The answers of ``rows``, by the task's own numbers."""
         y: Tensor = torch.from_numpy(self.arrays[f"{rows.part}_y"])[rows.numbers]
@@ -327,11 +385,19 @@ class _TokenSet:
         return map(self.answer, self.met([torch.from_numpy(self.arrays[f"{part}_y"]) for part in parts]))
 
 
-def _outputs(one: _TokenSet, chosen: Iterable[_Rows], answers: dict[tuple[int, ...], int]) -> Tensor:
-    """For each of the task's answers its row in the stream's table, int64, −1 where it does not come; new ones join."""
+_Answer = tuple[tuple[int, ...], str]
+"""The tokens of an answer, and the text it is compared with; none where it must be exact."""
+
+
+def _outputs(one: _TokenSet, chosen: Iterable[_Rows], answers: dict[_Answer, int], *, compared: bool) -> Tensor:
+    """For each of the task's answers its row in the stream's table, int64, −1 where it does not come; new ones join.
+
+    Answers that are the same in tokens (because they were cut) are one, unless their texts are ``compared``.
+    """
     output = torch.full((len(one.arrays["answer_starts"]) - 1,), -1)
     for number in one.met([one.labels(rows) for rows in chosen]):
-        output[number] = answers.setdefault(one.answer(number), len(answers))
+        answer = one.answer(number), one.text(number) if compared else ""
+        output[number] = answers.setdefault(answer, len(answers))
     return output
 
 
@@ -364,14 +430,13 @@ def _tokenised(
 
     answers = list(texts.labels or dict.fromkeys(row.answer for part in (texts.train, texts.test) for row in part))
     tokens, cut_answers = _answers(task, answers, texts.labels is not None, gap, tokenizer, limits[1])
-    numbers = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
-    if texts.labels is not None and len(numbers) < len(tokens):
+    if texts.labels is not None and len(set(tokens)) < len(tokens):
         double = next(a for a, t in zip(answers, tokens, strict=True) if tokens.count(t) > 1)
         raise DataError(
             f"text-stream: label '{double}' of task '{task.name}' has the same tokens as another of its labels; use another "
             "tokenizer, or reword it"
         )
-    number = {answer: numbers[t] for answer, t in zip(answers, tokens, strict=True)}
+    number = {answer: i for i, answer in enumerate(answers)}
     facts = {"labelled": int(texts.labels is not None), "dropped": texts.dropped}
     arrays: dict[str, npt.NDArray[Any]] = {}
     for part, rows in (("train", texts.train), ("test", texts.test)):
@@ -379,7 +444,10 @@ def _tokenised(
         facts[f"{part}_short"] = sum(row.answer in cut_answers for row in rows)
         arrays[f"{part}_tokens"], arrays[f"{part}_starts"] = ragged(prompts)
         arrays[f"{part}_y"] = np.array([number[row.answer] for row in rows], np.int64)
-    arrays["answer_tokens"], arrays["answer_starts"] = ragged(list(numbers))
+    arrays["answer_tokens"], arrays["answer_starts"] = ragged(tokens)
+    written = [answer.encode("utf-8", "surrogatepass") for answer in answers]
+    arrays["answer_text"] = np.frombuffer(b"".join(written), np.uint8)
+    arrays["answer_text_starts"] = np.cumsum([0, *map(len, written)], dtype=np.int64)
     arrays["train_place"] = np.array([_hold_out_place(row) for row in texts.train])
     arrays["facts"] = np.array([facts[name] for name in _FACTS], np.int64)
     return arrays

@@ -16,7 +16,7 @@ PACKAGES = ("cl_lab", "strategies", "scenarios")
 LAYERS = [
     {"cl_lab", "cl_lab.errors", "cl_lab.compat", "cl_lab.files"},
     {"cl_lab.hub", "cl_lab.records", "cl_lab.knobs", "cl_lab.environment", "cl_lab.adapters"},
-    {"cl_lab.protocols", "cl_lab.seeding", "cl_lab.display", "cl_lab.checkpoint", "cl_lab.metrics"},
+    {"cl_lab.protocols", "cl_lab.seeding", "cl_lab.display", "cl_lab.checkpoint", "cl_lab.metrics", "cl_lab.overlap"},
     {
         "cl_lab.config",
         "cl_lab.registry",
