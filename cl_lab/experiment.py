@@ -155,6 +155,7 @@ class _Run:
             "anytime": [],
             "losses": [],
             "measures": [],
+            "drift": [],
             "fingerprint": "",
             "score": "accuracy",
             "chance": None,
@@ -281,6 +282,8 @@ class _Run:
             self.observer.stepped(experience, step, loss)
 
     def scored(self, record: Any) -> None:
+        from cl_lab.drift import flat
+
         if not self.leader:
             return
         self._note(record)
@@ -289,6 +292,8 @@ class _Run:
             self.observer.scored(record)
         if self.tracker is not None:
             rows = len(record.matrix)
+            if record.drift:
+                self.tracker.log_metrics({f"drift/{k}": v for k, v in flat(record.drift[-1]).items()}, step=rows)
             if rows:
                 self.tracker.log_row(rows - 1, record.matrix[-1], self.document["score"])
                 if record.measures and record.measures[-1]:
@@ -308,6 +313,7 @@ class _Run:
             "anytime": record.anytime,
             "losses": record.losses,
             "measures": record.measures,
+            "drift": record.drift,
             "cost": record.cost(),
         }
         if record.matrix:
@@ -318,6 +324,7 @@ class _Run:
                 test_samples=tests,
                 anytime=_complete(record.anytime, len(tests)),
                 valid=record.valid or None,
+                general=[list(d["general"].values()) for d in record.drift] or None,
             )
 
     def _finish(self, status: str, error: str | None = None) -> None:
