@@ -23,6 +23,7 @@ from cl_lab.seeding import generator, permutation
 
 from . import _cache
 from ._orders import limit_rows
+from ._styles import STYLES, Restyled, answers_of, restyle
 from ._texts import ORDERS, TEMPLATES, Row, Task, Template, Texts, find_tasks, held_out, load_template
 from ._tokens import ragged, space_between, tokens_behind
 from .image_folder import place_of
@@ -61,6 +62,13 @@ class TextStream(Scenario):
     as words with the whole right text, also where that was cut to be learnt: ``rouge-l`` (Lin 2004) or ``f1`` (SQuAD's);
     both are described in :mod:`cl_lab.overlap`. A task's score is then the mean over its rows, in [0, 1]; no share of valid
     answers is given, there being no set of them.
+
+    ``style_mix`` is SEFE's answer-style diversification (``style-mix``), against forgetting of the form alone: that share
+    of each task's training rows is asked for in another way, a quarter of it in each: whether the answer is a given label,
+    right or wrong (*yes*, *no*), which letter has it, the label alone, and a sentence (*The answer is World.*). SEFE's fifth
+    style, a detailed explanation, needs a model to write it and is not there. Only rows with a label and a text are
+    rewritten, drawn with the run's seed, and never test rows; their answers stand in the table, but are no classes of the
+    task.
 
     A sample is int32 ``[P + A]``: the prompt, ending at column P, then the answer with the end-of-text token, the rest
     PAD. Which rows ``train_samples`` takes depends on the run's seed and the task's name, not on its place in the order;
@@ -103,6 +111,13 @@ class TextStream(Scenario):
         "on; chosen by hash, the same for every seed",
         gt=0,
         lt=1,
+    )
+    style_mix: float = knob(
+        0.0,
+        "share of each task's training rows rewritten into other styles of answer: yes or no, a letter, the label alone, a "
+        "sentence (SEFE takes 0.1 to 0.2); tasks without labels stay as they are",
+        ge=0,
+        le=1,
     )
     shuffle_tasks: bool = knob(False, "draw the order of the tasks with order_seed; otherwise as listed")
     order_seed: int | None = knob(None, "seed of the order of tasks; null: the run's seed", ge=0)
@@ -180,6 +195,15 @@ class TextStream(Scenario):
         # Widths are those of whole tasks, whatever was drawn of them: the same for every seed.
         prompt = max(one.longest(part) for one in sets for part in used)
         longest = max(len(a) for one in sets for a in one.answers_of(used))
+        restyled: list[_Style | None] = [None] * len(sets)
+        if self.style_mix > 0:
+            restyled = self._restyle(tasks, [rows["train"] for rows in chosen], tokenizer, seed)
+            prompt = self.max_prompt  # whatever was drawn
+            for style in restyled:
+                for answer in style.answers if style else ():
+                    answers.setdefault((answer, ""), len(answers))
+                    longest = max(longest, len(answer))
+        numbers = {answer: row for (answer, text), row in answers.items() if not text}
         table = torch.full((len(answers), longest), PAD)
         for (answer, _), row in answers.items():
             table[row, : len(answer)] = torch.tensor(answer)
@@ -188,10 +212,10 @@ class TextStream(Scenario):
                 i,
                 one.name,
                 output[output >= 0].unique().tolist(),
-                partial(_samples, one, rows["train"], output, table, prompt, i),
+                partial(_samples, one, rows["train"], output, table, prompt, i, style.rows(numbers) if style else None),
                 partial(_samples, one, rows["test"], output, table, prompt, i),
             )
-            for i, (one, rows, output) in enumerate(zip(sets, chosen, outputs, strict=True))
+            for i, (one, rows, output, style) in enumerate(zip(sets, chosen, outputs, restyled, strict=True))
         ]
         return Stream(
             name=type(self).__name__,
@@ -242,9 +266,64 @@ class TextStream(Scenario):
             )
         return found
 
+    def _restyle(
+        self, tasks: Sequence[Task], chosen: Sequence[_Rows], tokenizer: Tokenizer, seed: int
+    ) -> list[_Style | None]:
+        """The training rows to rewrite, of each task; ``None`` where it has no texts with labels.
+
+        Raises :class:`ConfigError` where no task has, and :class:`DataError` for an answer that is too long.
+        """
+        made: list[_Style | None] = []
+        for task, rows in zip(tasks, chosen, strict=True):
+            texts = task.read()
+            if texts.labels is None or texts.asked or len(texts.labels) < 2:
+                made.append(None)
+                continue
+            own = [texts.train[i] for i in rows.numbers.tolist()]
+            instruction = self._templates()[0].instruction(task)
+            again = restyle([row.answer for row in own], texts.labels, instruction, self.style_mix, seed, task.name)
+            made.append(self._style(task, texts.labels, again, [own[a.number].text for a in again], tokenizer))
+        if not any(made):
+            raise ConfigError(
+                f"style_mix = {self.style_mix}: rewrites texts that have one of several labels, but no task has such; leave "
+                "it out"
+            )
+        told = ", ".join(f"{t.name} {len(s.numbers)}" for t, s in zip(tasks, made, strict=True) if s)
+        log.info("text-stream: training rows rewritten into other styles (%s): %s", ", ".join(STYLES), told)
+        if left := ", ".join(t.name for t, style in zip(tasks, made, strict=True) if style is None):
+            log.warning("text-stream: style_mix: left as they are, having no texts with labels: %s", left)
+        return made
+
+    def _style(
+        self, task: Task, labels: Sequence[str], again: Sequence[Restyled], texts: Sequence[str], tokenizer: Tokenizer
+    ) -> _Style:
+        """Rewritten rows in tokens."""
+        wrap = tokenizer.chat if self.chat else str
+        apart, gap = ("", "") if wrap("x\nAnswer:")[-1:].isspace() else space_between(tokenizer)
+        said = answers_of(labels)
+        tokens = [(*t, tokenizer.end) for t in tokens_behind(tokenizer, gap, said)]
+        worst = max(range(len(said)), key=lambda i: len(tokens[i]))
+        if len(tokens[worst]) > self.max_answer:
+            raise DataError(
+                f"text-stream: max_answer = {self.max_answer}: '{said[worst]}', an answer of style_mix in task "
+                f"'{task.name}', takes {len(tokens[worst])} tokens, its end included; raise max_answer to "
+                f"{len(tokens[worst])}"
+            )
+
+        def word(i: int, text: str) -> str:
+            return wrap(f"{again[i].before}{text}{again[i].after}") + apart
+
+        prompts, _ = _prompts(task, texts, word, tokenizer, self.max_prompt)
+        by_answer = dict(zip(said, tokens, strict=True))
+        return _Style([a.number for a in again], prompts, [by_answer[a.answer] for a in again], tokens)
+
+    def _templates(self) -> list[Template]:
+        """For texts with labels, and for whole prompts."""
+        return [load_template(self.template)] * 2 if self.template else [TEMPLATES["options"], TEMPLATES["plain"]]
+
     def _tokens(self, task: Task, tokenizer: Tokenizer) -> Arrays:
         """All rows of a task in tokens, from the cache or made now."""
-        templates = [load_template(self.template)] * 2 if self.template else [TEMPLATES["options"], TEMPLATES["plain"]]
+        templates = self._templates()
         wording = [(t.text, t.instruction(task)) for t in templates]
         key = _cache.key_of(
             repr(part)
@@ -344,6 +423,24 @@ class _Rows(NamedTuple):
 
 
 @dataclass(frozen=True)
+class _Style:
+    """Training rows in other styles: their places among those that were chosen, prompts and answers in tokens.
+
+    ``answers`` are all that can come in any style.
+    """
+
+    numbers: list[int]
+    prompts: list[list[int]]
+    said: list[tuple[int, ...]]
+    answers: list[tuple[int, ...]]
+
+    def rows(self, numbers: Mapping[tuple[int, ...], int]) -> list[tuple[int, list[int], int]]:
+        """Of each row its place, its prompt and its answer's row in the stream's table."""
+        said = [numbers[answer] for answer in self.said]
+        return list(zip(self.numbers, self.prompts, said, strict=True))
+
+
+@dataclass(frozen=True)
 class _TokenSet:
     """A task in tokens."""
 
@@ -401,16 +498,31 @@ def _outputs(one: _TokenSet, chosen: Iterable[_Rows], answers: dict[_Answer, int
     return output
 
 
-def _samples(one: _TokenSet, rows: _Rows, output: Tensor, table: Tensor, prompt: int, task: int) -> TensorData:
-    """The tensors of one part of an experience; ``prompt`` is the column where prompts end."""
+def _samples(
+    one: _TokenSet,
+    rows: _Rows,
+    output: Tensor,
+    table: Tensor,
+    prompt: int,
+    task: int,
+    restyled: Sequence[tuple[int, list[int], int]] | None = None,
+) -> TensorData:
+    """The tensors of one part of an experience; ``prompt`` is the column where prompts end.
+
+    ``restyled`` are rows with another prompt and answer.
+    """
     tokens, starts = (one.arrays[f"{rows.part}_{what}"] for what in ("tokens", "starts"))
     y = output[one.labels(rows)]
+    others = {place: (asked, answer) for place, asked, answer in restyled or ()}
+    for place, (_, answer) in others.items():
+        y[place] = answer
     x = torch.full((len(y), prompt + table.shape[1]), PAD, dtype=torch.int32)
     x[:, prompt:] = table[y]
     filled = x.numpy()
     for row, i in enumerate(rows.numbers.tolist()):
         start, end = starts[i : i + 2]
-        filled[row, prompt - (end - start) : prompt] = tokens[start:end]
+        asked = others[row][0] if row in others else tokens[start:end]
+        filled[row, prompt - len(asked) : prompt] = asked
     return TensorData(x, y, torch.full_like(y, task))
 
 
@@ -425,7 +537,7 @@ def _tokenised(
     wrap = tokenizer.chat if chat else str
     apart, gap = ("", "") if wrap(f"{before}x{after}")[-1:].isspace() else space_between(tokenizer)
 
-    def word(text: str) -> str:
+    def word(_: int, text: str) -> str:
         return wrap(f"{before}{text}{after}") + apart
 
     answers = list(texts.labels or dict.fromkeys(row.answer for part in (texts.train, texts.test) for row in part))
@@ -479,18 +591,19 @@ _GAP = " ... "
 
 
 def _prompts(
-    task: Task, texts: Sequence[str], word: Callable[[str], str], tokenizer: Tokenizer, limit: int
+    task: Task, texts: Sequence[str], word: Callable[[int, str], str], tokenizer: Tokenizer, limit: int
 ) -> tuple[list[list[int]], int]:
     """The tokens of each prompt, at most ``limit``, and how many texts were cut for that.
 
-    A long text keeps as many words as fit, half of them at its beginning and half at its end.
+    ``word`` words a prompt, given the number of its text. A long text keeps as many words as fit, half of them at its
+    beginning and half at its end.
     """
-    prompts = tokenizer.encode_all([word(text) for text in texts])
+    prompts = tokenizer.encode_all([word(i, text) for i, text in enumerate(texts)])
     long = [i for i, p in enumerate(prompts) if len(p) > limit]
     pieces = {i: _PIECES.findall(texts[i]) for i in long}
 
     def try_with(kept: Mapping[int, int]) -> dict[int, list[int]]:
-        tried = tokenizer.encode_all([word(_without_middle(pieces[i], n)) for i, n in kept.items()])
+        tried = tokenizer.encode_all([word(i, _without_middle(pieces[i], n)) for i, n in kept.items()])
         return dict(zip(kept, tried, strict=True))
 
     # Of each text ``least`` pieces fit and ``most`` do not; all texts are searched at once.
