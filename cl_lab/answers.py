@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cl_lab.overlap import OVERLAPS
 from cl_lab.records import PAD, Batch, Stream
 
 _PLACES = 1024  # answers' places with logits over the whole vocabulary at a time
@@ -20,6 +22,55 @@ Say = Callable[[Batch], Tensor]
 
 A batch may hold m answers behind each prompt, ``[B, P + m·A]``, and gets ``[B, m·A', vocabulary]``.
 """
+
+
+class Grades(NamedTuple):
+    """What the answers to a batch are worth, ``[B]`` each.
+
+    ``value`` float64 in [0, 1], ``valid`` whether it is one of the task's answers (where texts are compared: never), and
+    ``broken`` whether logits were not finite.
+    """
+
+    value: Tensor
+    valid: Tensor
+    broken: Tensor
+
+
+def grade_answers(batch: Batch, say: Say, stream: Stream, longest: int | None = None) -> Grades:
+    """How good the answers are that are given to ``batch``: 1 or 0 for those that :func:`find_answers` finds.
+
+    Where :attr:`Stream.measures` has a task's answers compared, what is written, likeliest token after likeliest token, up
+    to the longest answer of the stream, is decoded, and worth as much as the measure says against the whole reference.
+    """
+    if not stream.measures:
+        answers = find_answers(batch, say, stream, longest)
+        return Grades((answers == batch.y).double(), answers >= 0, answers == BROKEN)
+    value = torch.zeros(len(batch), dtype=torch.float64, device=batch.x.device)
+    valid, broken = (torch.zeros_like(value, dtype=torch.bool) for _ in range(2))
+    for task in batch.t.unique().tolist():
+        rows = (batch.t == task).nonzero().squeeze(1)
+        some = _rows(batch, rows)
+        if (measure := stream.measures[task]) == "exact":
+            answers = find_answers(some, say, stream, longest)
+            value[rows], valid[rows], broken[rows] = (answers == some.y).double(), answers >= 0, answers == BROKEN
+            continue
+        written, broken[rows] = write_answers(some, say, stream)
+        assert stream.tokenizer is not None
+        texts = [stream.tokenizer.decode([t for t in row if t != PAD]) for row in written.tolist()]
+        pairs = zip(texts, some.y.tolist(), strict=True)
+        worth = [OVERLAPS[measure](text, stream.references[y]) for text, y in pairs]
+        value[rows] = torch.tensor(worth, dtype=torch.float64, device=value.device)
+    return Grades(value, valid, broken)
+
+
+def write_answers(batch: Batch, say: Say, stream: Stream) -> tuple[Tensor, Tensor]:
+    """What is written to ``batch``, ``[B, A]`` int64 up to its end and then :data:`PAD`; and which ``[B]`` are broken."""
+    assert stream.answers is not None
+    return _written(batch, say, stream.answers.to(batch.x.device), stream.layout["prompt"][0])
+
+
+def _rows(batch: Batch, rows: Tensor) -> Batch:
+    return Batch(batch.x[rows], batch.y[rows], batch.t[rows], 0, epoch=batch.epoch, raw=batch.raw)
 
 
 def find_answers(batch: Batch, say: Say, stream: Stream, longest: int | None = None) -> Tensor:
@@ -47,7 +98,7 @@ def find_answers(batch: Batch, say: Say, stream: Stream, longest: int | None = N
     for task in batch.t.unique().tolist():
         rows = (batch.t == task).nonzero().squeeze(1)
         classes = torch.tensor(stream.experiences[task].classes, device=batch.x.device)
-        some = Batch(batch.x[rows], batch.y[rows], batch.t[rows], 0, epoch=batch.epoch, raw=batch.raw)
+        some = _rows(batch, rows)
         own = answers[classes]
         if stream.scoring == "generation":
             place = _freely(some, say, own, prompt, longest or own.shape[1])
@@ -123,6 +174,14 @@ def _compare(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
 
 def _write(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
     """The answers that are written, one likeliest token after another: ``[B]`` rows of ``answers``."""
+    written, broken = _written(batch, say, answers, prompt)
+    same = (written[:, None] == answers).all(2)  # [B, K]
+    found = torch.where(same.any(1), same.int().argmax(1), NONE)
+    return torch.where(broken, BROKEN, found)
+
+
+def _written(batch: Batch, say: Say, answers: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
+    """One likeliest token after another, ``[B, A]`` for ``answers`` ``[K, A]``, and which logits were not finite."""
     n, longest = len(batch), answers.shape[1]
     ends = answers.gather(1, (answers != PAD).sum(1, keepdim=True) - 1).unique()  # the end-of-text token
     written = torch.full((n, longest), PAD, dtype=torch.int64, device=batch.x.device)
@@ -135,6 +194,4 @@ def _write(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
         going = going & ~torch.isin(token, ends)
         if not going.any():
             break
-    same = (written[:, None] == answers).all(2)  # [B, K]
-    found = torch.where(same.any(1), same.int().argmax(1), NONE)
-    return torch.where(broken, BROKEN, found)
+    return written, broken

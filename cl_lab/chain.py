@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ _HOOKS = (
     "encoding",
     "encode",
     "predict",
+    "other_answers",
     "adapters",
     "penalty",
     "measures",
@@ -164,6 +165,14 @@ class Chain:
             scores: Tensor = link.predict(batch, learner)
             return scores
         return learner.forward(batch)
+
+    def other_answers(self, learner: Learner) -> dict[str, Callable[[Batch], Tensor]]:
+        """By ``strategy/name``."""
+        return {
+            f"{name}/{key}": answer
+            for name, link in zip(self.names, self.links, strict=True)
+            for key, answer in link.other_answers(learner).items()
+        }
 
     def adapters(self, learner: Learner) -> dict[str, LowRank]:
         """Raises :class:`ConfigError` where a link's answers are not those of any adapters."""

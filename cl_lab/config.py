@@ -193,6 +193,20 @@ class EvaluationConfig(_Strict):
     every_steps: int | None = Field(
         None, ge=1, description="also score every test set seen so far each n steps (anytime accuracy, stability gap)"
     )
+    drift: bool = Field(
+        False,
+        description="of language models, before the first experience and after each: perplexity of plain text and questions "
+        "of general knowledge",
+    )
+    probe_text: str | None = Field(
+        None, min_length=1, description="text file whose paragraphs the perplexity is measured on, in place of ours"
+    )
+
+    @model_validator(mode="after")
+    def _read(self) -> EvaluationConfig:
+        if self.probe_text is not None and not self.drift:
+            raise ValueError("probe_text is what drift reads; set evaluation.drift=true, or leave it out")
+        return self
 
 
 class EngineConfig(_Strict):

@@ -166,6 +166,7 @@ class _Run:
             "anytime": [],
             "losses": [],
             "measures": [],
+            "drift": [],
             "fingerprint": "",
             "score": "accuracy",
             "chance": None,
@@ -256,7 +257,9 @@ class _Run:
                 {
                     "index": e.index,
                     "name": e.name,
-                    "classes": list(e.classes),
+                    # Of texts the classes are rows of a table that is not here; there may be as many as samples.
+                    **({"answers": len(e.classes)} if raw.answers is not None else {"classes": list(e.classes)}),
+                    **({"measure": raw.measures[e.index]} if raw.measures else {}),
                     "train_samples": len(e.train),
                     "test_samples": len(e.test),
                 }
@@ -290,6 +293,8 @@ class _Run:
             self.observer.stepped(experience, step, loss)
 
     def scored(self, record: Any) -> None:
+        from cl_lab.drift import flat
+
         if not self.leader:
             return
         self._note(record)
@@ -298,6 +303,8 @@ class _Run:
             self.observer.scored(record)
         if self.tracker is not None:
             rows = len(record.matrix)
+            if record.drift:
+                self.tracker.log_metrics({f"drift/{k}": v for k, v in flat(record.drift[-1]).items()}, step=rows)
             if rows:
                 self.tracker.log_row(rows - 1, record.matrix[-1], self.document["score"])
                 if record.measures and record.measures[-1]:
@@ -317,6 +324,7 @@ class _Run:
             "anytime": record.anytime,
             "losses": record.losses,
             "measures": record.measures,
+            "drift": record.drift,
             "cost": record.cost(),
         }
         if record.matrix:
@@ -327,6 +335,7 @@ class _Run:
                 test_samples=tests,
                 anytime=_complete(record.anytime, len(tests)),
                 valid=record.valid or None,
+                general=[list(d["general"].values()) for d in record.drift] or None,
             )
 
     def _finish(self, status: str, error: str | None = None) -> None:

@@ -15,13 +15,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_lab.answers import BROKEN, find_answers
+from cl_lab.answers import grade_answers
 from cl_lab.compat import compile_nothing_for_deepspeed
 from cl_lab.config import EngineConfig, TrainingConfig
 from cl_lab.errors import ConfigError, DataError, TrainingError
@@ -31,6 +31,8 @@ from cl_lab.seeding import generator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_Answer = TypeVar("_Answer")
 
 _OPTIMIZER_KEYS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
@@ -496,9 +498,9 @@ class EngineLearner:
         :class:`TrainingError` where outputs are not finite: their highest logit would mean nothing.
         """
         counts = torch.zeros(2, dtype=torch.int64, device=self.device)  # right answers, outputs that are not finite
-        for batch, outputs, counted in self._answers(data, batch_size, predict):
+        for batch, outputs, rows in self._answers(data, batch_size, predict or self._forward):
             highest, label = outputs.max(dim=1)
-            if counted:
+            if rows is not None:
                 counts[0] += (label == batch.y).sum()
                 counts[1] += (~highest.isfinite()).sum()
         correct, broken = self.reduce(counts).tolist()
@@ -507,26 +509,25 @@ class EngineLearner:
 
     @torch.no_grad()
     def answered(self, data: TensorData, batch_size: int, predict: Callable[[Batch], Tensor] | None = None) -> Score:
-        """Share of ``data`` that is answered right in words, as :func:`~cl_lab.answers.find_answers` finds the answers.
+        """What the answers to ``data`` in words are worth, as :func:`~cl_lab.answers.grade_answers` says: their mean.
 
-        As :meth:`accuracy` otherwise; ``predict`` gives logits ``[B, A', vocabulary]``. Where answers are written freely,
-        with the share that are one of their task's answers, right or wrong.
+        Where all must be exact, that is the share of right ones. As :meth:`accuracy` otherwise; ``predict`` gives logits
+        ``[B, A', vocabulary]``. Where answers are written freely and none is compared, with the share that are one of their
+        task's answers, right or wrong.
         """
         say = self._forward if predict is None else predict
-        counts = torch.zeros(3, dtype=torch.int64, device=self.device)
+        # In float64, whose sums of ones are as exact as counts.
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         table = self._stream.answers
         assert table is not None
         longest = int((table[data.y] != PAD).sum(1).max())  # what goes on behind the longest right answer is wrong
-        answers = self._answers(data, batch_size, lambda batch: find_answers(batch, say, self._stream, longest))
-        for batch, found, counted in answers:
-            if counted:
-                counts[0] += (found == batch.y).sum()
-                counts[1] += (found == BROKEN).sum()
-                counts[2] += (found >= 0).sum()
-        correct, broken, valid = (int(n) for n in self.reduce(counts).tolist())
-        self._check_finite(broken, len(data))
-        free = self._stream.scoring == "generation"
-        return Score(correct / len(data), valid / len(data) if free else None)
+        for _, grades, rows in self._answers(data, batch_size, lambda b: grade_answers(b, say, self._stream, longest)):
+            if rows is not None:
+                sums += torch.stack([grades.value.sum(), grades.broken.sum(), grades.valid.sum()])
+        worth, broken, valid = self.reduce(sums).tolist()
+        self._check_finite(int(broken), len(data))
+        free = self._stream.scoring == "generation" and not self._stream.measures
+        return Score(worth / len(data), valid / len(data) if free else None)
 
     @torch.no_grad()
     def squared_error(
@@ -534,19 +535,42 @@ class EngineLearner:
     ) -> float:
         """Mean of ``(f(x) − y)²`` over ``data``, in evaluation mode, over all ranks; as :meth:`accuracy` otherwise."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # squared errors, outputs that are not finite
-        for batch, outputs, counted in self._answers(data, batch_size, predict):
+        for batch, outputs, rows in self._answers(data, batch_size, predict or self._forward):
             apart = outputs.squeeze(1).double() - batch.y
-            if counted:
+            if rows is not None:
                 sums[0] += apart.square().sum()
                 sums[1] += (~apart.isfinite()).sum()
         total, broken = self.reduce(sums).tolist()
         self._check_finite(int(broken), len(data))
         return float(total) / len(data)
 
+    @torch.no_grad()
+    def log_likelihoods(
+        self, data: TensorData, said: Tensor, batch_size: int, predict: Callable[[Batch], Tensor] | None = None
+    ) -> Tensor:
+        """Log-probability of the tokens ``said`` ``[N, A]`` behind the prompts of ``data``: float64 ``[N]``, on the CPU.
+
+        In nats, summed over each row's tokens, :data:`~cl_lab.records.PAD` left out; in evaluation mode, over all ranks.
+        ``predict`` gives logits ``[B, A', vocabulary]`` in place of the model's. Raises :class:`TrainingError` where they
+        are not finite.
+        """
+        found = torch.zeros(len(data), dtype=torch.float64, device=self.device)
+        for _, outputs, rows in self._answers(data, batch_size, predict or self._forward):
+            if rows is not None:
+                tokens = said[rows].to(self.device)[:, : outputs.shape[1]]
+                log_p = outputs.float().log_softmax(2).gather(2, tokens.clamp(min=0)[..., None]).squeeze(2).double()
+                found[rows] = torch.where(tokens == PAD, 0.0, log_p).sum(1)
+        whole = self.reduce(found).cpu()  # each rank has its own rows, and zeros
+        self._check_finite(int((~whole.isfinite()).sum()), len(data))
+        return whole
+
     def _answers(
-        self, data: TensorData, batch_size: int, predict: Callable[[Batch], Tensor] | None
-    ) -> Iterator[tuple[Batch, Tensor, bool]]:
-        """This rank's batches of ``data``, what is answered to each, and whether it counts (a rank may have none left)."""
+        self, data: TensorData, batch_size: int, answer: Callable[[Batch], _Answer]
+    ) -> Iterator[tuple[Batch, _Answer, slice | None]]:
+        """This rank's batches of ``data``, what ``answer`` gives to each, and its rows; ``None`` where it does not count.
+
+        A rank that has no rows left answers a row of another's, for the others' sake.
+        """
         model = self._plain if self._wrapped is None else self._wrapped
         model.eval()
         n = len(data)
@@ -556,7 +580,7 @@ class EngineLearner:
             hi = min(lo + batch_size, n)
             rows = slice(lo, hi) if hi > lo else slice(0, 1)
             batch = Batch(data.x[rows], data.y[rows], data.t[rows], 0, raw=data.raw).to(self.device)
-            yield batch, (self._forward if predict is None else predict)(batch), hi > lo
+            yield batch, answer(batch), rows if hi > lo else None
 
     def _check_finite(self, broken: int, n: int) -> None:
         if broken:

@@ -91,6 +91,24 @@ def accuracy_given_valid(matrix: npt.ArrayLike, valid: npt.ArrayLike) -> float:
     return _mean(R[-1][some] / V[-1][some])
 
 
+def general_ability_delta(general: npt.ArrayLike) -> float:
+    """How what a model knows beside its stream changed: its scores now minus those before training (negative: lost).
+
+    ``GAD = 1/M Σ_m (G[t,m] − G[0,m])`` over M sets of general abilities. Wang et al. 2023 (TRACE, arXiv 2310.06762), §3.3
+    "General Ability Delta". ``general`` is ``[n, M]``: row 0 before training, the last row now. Raises
+    :class:`ValueError` where it is empty, ragged, or holds an entry that is not a finite number.
+    """
+    try:
+        G = np.asarray(general, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError("general: rows must be equally long lists of numbers") from None
+    if G.ndim != 2 or G.size == 0:
+        raise ValueError(f"general of shape {list(G.shape)}: needs [n, M] with at least one row and one set")
+    if not np.isfinite(G).all():
+        raise ValueError("general: every entry must be a finite number")
+    return _mean(G[-1] - G[0])
+
+
 def average_incremental_accuracy(matrix: npt.ArrayLike) -> float:
     """Mean, over the whole run, of the average accuracy on what had been learnt so far.
 
@@ -301,16 +319,19 @@ def summary(
     joint: npt.ArrayLike | None = None,
     cumulative: npt.ArrayLike | None = None,
     valid: npt.ArrayLike | None = None,
+    general: npt.ArrayLike | None = None,
 ) -> dict[str, float | None]:
     """Every metric the given inputs allow, by function name, ready for JSON (undefined values are ``None``).
 
     ``matrix`` is ``[k, T]``; ``initial``, ``test_samples`` and ``joint`` (scores of an offline model per experience)
     are ``[T]``; ``cumulative`` ``[T, T]`` is the score matrix of a learner whose row i is an offline model's of
     experiences up to i, so that its scores on those are REMIND's offline curve; ``valid`` ``[k, T]`` are shares of answers
-    that are their task's. Left out: ``weighted_average_accuracy`` without ``test_samples``, ``average_anytime_accuracy``
-    and ``a_auc`` without ``anytime``, ``intransigence`` and Kemker's omegas without ``joint``, ``omega_streaming`` without
-    ``cumulative``, ``valid_output_rate`` and ``accuracy_given_valid`` without ``valid``. ``fwt`` is always there, ``None``
-    without ``initial``. Raises :class:`ValueError` for a malformed matrix, vector or record (see the module).
+    that are their task's; ``general`` ``[n, M]`` scores of general abilities, from before training on. Left out:
+    ``weighted_average_accuracy`` without ``test_samples``, ``average_anytime_accuracy`` and ``a_auc`` without ``anytime``,
+    ``intransigence`` and Kemker's omegas without ``joint``, ``omega_streaming`` without ``cumulative``,
+    ``valid_output_rate`` and ``accuracy_given_valid`` without ``valid``, ``general_ability_delta`` without ``general``.
+    ``fwt`` is always there, ``None`` without ``initial``. Raises :class:`ValueError` for a malformed matrix, vector or
+    record (see the module).
     """
     values = {
         "average_accuracy": average_accuracy(matrix),
@@ -329,6 +350,8 @@ def summary(
     if valid is not None:
         values["valid_output_rate"] = valid_output_rate(valid)
         values["accuracy_given_valid"] = accuracy_given_valid(matrix, valid)
+    if general is not None:
+        values["general_ability_delta"] = general_ability_delta(general)
     if anytime:
         values["average_anytime_accuracy"] = average_anytime_accuracy(anytime)
         values["a_auc"] = a_auc(anytime)

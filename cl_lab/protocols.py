@@ -6,7 +6,7 @@ values and returns values; it never assigns to its host, never steps the optimis
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,6 +221,14 @@ class Strategy:
     def predict(self, batch: Batch, learner: Learner) -> Tensor:
         """Scores ``[B, n_classes]`` whose highest is the answer; by default the model's logits. Without gradients."""
         return learner.forward(batch)
+
+    def other_answers(self, learner: Learner) -> Mapping[str, Callable[[Batch], Tensor]]:
+        """Further ways to answer than :meth:`predict`, by name, each giving scores as it does (fast weights beside slow).
+
+        After each experience every test set met so far is scored with each of them, too, for the measures; no model is
+        swapped and nothing drawn, so training goes on as without. The names must be the same on every rank.
+        """
+        return {}
 
     def adapters(self, learner: Learner) -> dict[str, LowRank]:
         """The low-rank adapters with which the model answers as :meth:`predict` does, by path of the layer; for export.

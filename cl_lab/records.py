@@ -9,12 +9,15 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cl_lab.errors import DataError
+
+if TYPE_CHECKING:
+    from cl_lab.hub import Tokenizer
 
 Objective = Literal["classification", "regression", "language"]
 """What a stream asks for: the right one of several outputs, one real number, or a text that answers a text."""
@@ -25,6 +28,13 @@ Scoring = Literal["generation", "constrained", "first-token", "opening"]
 
 *opening* asks less: whether the likeliest of all tokens is the one that the right answer begins with.
 """
+Measure = Literal["exact", "rouge-l", "f1"]
+"""What a written answer is worth: 1 where it is the right one and else 0, or how much of it is in the right one.
+
+The latter two are :func:`cl_lab.overlap.rouge_l` and :func:`cl_lab.overlap.word_f1`.
+"""
+_SCORES: dict[str, str] = {"exact": "accuracy", "rouge-l": "ROUGE-L", "f1": "word F1"}
+
 PAD = -1
 """What stands in a row of tokens where there is none: no vocabulary has it, so no tokenizer needs a pad token."""
 
@@ -239,7 +249,10 @@ class Stream:
     label is a row of it, and an experience's classes are the answers of its task. Only the answer is learnt; ``scoring``
     says how the model's own is found on test sets. ``t`` is the index of the experience a sample comes from. Texts to be
     read rather than answered are answers, too, behind a prompt that holds nothing but the end-of-text token.
-    ``vocabulary`` is one more than the highest token that may come, where that is known.
+    ``vocabulary`` is one more than the highest token that may come, where that is known, and ``tokenizer`` what made them.
+
+    Where ``measures`` says, by experience, how written answers are compared (empty: all exactly), ``references`` has the
+    right text for each row of ``answers``, whole where the row was cut; it needs the ``tokenizer``.
     """
 
     name: str
@@ -256,6 +269,9 @@ class Stream:
     answers: Tensor | None = None
     scoring: Scoring = "generation"
     vocabulary: int | None = None
+    tokenizer: Tokenizer | None = None
+    measures: tuple[Measure, ...] = ()
+    references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         parts = sum(math.prod(shape) for shape in self.layout.values())
@@ -284,6 +300,18 @@ class Stream:
                 f"stream '{self.name}' has {self.n_classes} answers of up to {self.layout['answer'][0]} tokens, but its "
                 f"table is {list(self.answers.shape)}"
             )
+        if self.measures and not (
+            len(self.measures) == len(self.experiences)
+            and len(self.references) == self.n_classes
+            and self.tokenizer is not None
+            and self.scoring == "generation"
+        ):
+            raise DataError(
+                f"stream '{self.name}' has {len(self.measures)} measures for {len(self.experiences)} experiences, "
+                f"{len(self.references)} reference texts for {self.n_classes} answers, "
+                f"{'no' if self.tokenizer is None else 'a'} tokenizer and scoring '{self.scoring}'; to compare written "
+                "texts it needs one for each, a tokenizer, and generation"
+            )
         if self.scoring == "first-token":
             for e in self.experiences:
                 first = self.answers[list(e.classes), 0]
@@ -297,8 +325,14 @@ class Stream:
 
     @property
     def score(self) -> str:
-        """What the score matrix holds: the ``accuracy``, or the ``negative squared error``, so that higher is better."""
-        return "negative squared error" if self.objective == "regression" else "accuracy"
+        """What the score matrix holds: the ``accuracy``, or the ``negative squared error``, so that higher is better.
+
+        Of texts that are compared, ``ROUGE-L`` or ``word F1``; ``answer score`` where experiences differ in that.
+        """
+        if self.objective == "regression":
+            return "negative squared error"
+        names = {_SCORES[m] for m in self.measures} or {"accuracy"}
+        return names.pop() if len(names) == 1 else "answer score"
 
     @property
     def tells_task(self) -> bool:
@@ -324,9 +358,14 @@ class Stream:
         return sum(1 / len(e.classes) for e in self.experiences) / len(self.experiences)
 
     def fingerprint(self) -> str:
-        """SHA-256 over every test set and the classes of every experience: names the data a matrix was measured on."""
+        """SHA-256 over every test set and the classes of every experience: names the data a matrix was measured on.
+
+        With what answers are compared to, where they are.
+        """
         sha = hashlib.sha256()
         for e in self.experiences:
             sha.update(f"{e.index}{e.classes}".encode())
             sha.update(e.test.digest().encode())
+        if self.measures:
+            sha.update(repr((self.measures, self.references)).encode("utf-8", "surrogatepass"))
         return sha.hexdigest()

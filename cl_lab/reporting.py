@@ -47,6 +47,11 @@ METRICS: dict[str, tuple[str, str]] = {
         "Accuracy if valid",
         "Accuracy among the freely written answers that are one of their task's.",
     ),
+    "general_ability_delta": (
+        "General ability",
+        "How the share of right answers to questions of general knowledge, asked beside the stream, changed from before "
+        "training to its end, averaged over topics. Negative: lost. (TRACE.)",
+    ),
     "average_incremental_accuracy": (
         "Average incremental accuracy",
         "Accuracy on everything learnt so far, averaged over the whole stream: how good the model was along the way.",
@@ -191,7 +196,7 @@ class Score:
 
     @property
     def title(self) -> str:
-        return self.name.capitalize()
+        return self.name[:1].upper() + self.name[1:]
 
     @property
     def axis(self) -> str:
@@ -746,6 +751,8 @@ def _view(comparison: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], 
             {"label": r.label, "cells": [_cost(r, c) for c in costs], "ratio": _ratio_to_naive(r, learners)}
             for r in shown
         ],
+        "drift": [drift for r in shown if (drift := _drift(r)) is not None],
+        "measures": [row for r in shown for row in _measures(r)],
         "metric_labels": [r.label for r in shown],
         "metric_rows": [{"name": m, "cells": [score.stat(r.metrics.get(m)) for r in shown]} for m in every],
         "definitions": [(m, *score.explained(m)) for m in every if m in METRICS or m not in _MAIN],
@@ -832,6 +839,67 @@ def _matrix_table(row: Row, names: Sequence[str]) -> dict[str, Any]:
             {"head": head, "cells": [row.score.number(v) if math.isfinite(v) else "–" for v in r]} for head, r in rows
         ],
     }
+
+
+def _drift(row: Row) -> dict[str, str] | None:
+    """What became of the rest of a language model, before training and at its end: means over the finished runs."""
+    from cl_lab.metrics import interval
+
+    runs = [run for run in row.done if run.get("drift")]
+    if not runs:
+        return None
+
+    def told(values: Sequence[float | None], number: Callable[[float], str]) -> str:
+        some = [v for v in values if v is not None]
+        return number(interval(some)["mean"]) if some else "–"
+
+    def before_and_after(values: Sequence[Sequence[float | None]], number: Callable[[float], str]) -> str:
+        ends = [told([v[i] for v in values], number) for i in (0, -1)]
+        return "–" if ends == ["–", "–"] else " → ".join(ends)
+
+    def mean(values: Iterable[Any] | None) -> float | None:
+        some = [v for v in map(_number, values or []) if v is not None]
+        return sum(some) / len(some) if some else None
+
+    def percent(value: float) -> str:
+        return f"{100 * value:.1f}".replace("-", "−")
+
+    delta = row.metrics.get("general_ability_delta")
+    return {
+        "label": row.label,
+        "perplexity": before_and_after([[_number(d.get("perplexity")) for d in run["drift"]] for run in runs], _plain),
+        "general": before_and_after([[mean(d["general"].values()) for d in run["drift"]] for run in runs], percent),
+        "delta": "–"
+        if delta is None
+        else percent(delta.mean) + ("" if delta.half is None else f" ± {percent(delta.half)}"),
+        "valid": before_and_after(
+            [[mean(run.get("initial_valid")), mean((run.get("valid") or [None])[-1])] for run in runs], percent
+        ),
+    }
+
+
+def _measures(row: Row) -> list[dict[str, str]]:
+    """What a strategy measured itself, after the first experience and after the last: means over the finished runs.
+
+    Numbers of a single experience (``…_exp_0``) are left to ``run.json``.
+    """
+    runs = [run["measures"] for run in row.done if run.get("measures")]
+    found = []
+    for name in {name: None for measures in runs for m in measures for name in m}:
+        if re.search(r"_exp_\d+$", name):
+            continue
+        ends = []
+        for i in (0, -1):
+            values = [v for measures in runs if (v := _number(measures[i].get(name))) is not None]
+            ends.append(_plain(sum(values) / len(values)) if values else "–")
+        found.append({"label": row.label, "name": name, "first": ends[0], "last": ends[1]})
+    return found
+
+
+def _plain(value: float) -> str:
+    """A number of no known unit in a table."""
+    whole = value == int(value) and abs(value) < 1e15
+    return (f"{int(value):,}".replace(",", "\u202f") if whole else f"{value:.4g}").replace("-", "−")
 
 
 def _ratio_to_naive(row: Row, learners: Sequence[Row]) -> str:

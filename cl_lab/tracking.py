@@ -480,6 +480,11 @@ def _points_of_run(run: Mapping[str, Any]) -> Iterator[tuple[str, float, int, in
         rows += [(f"{key}/exp_{j}", v, i) for j, v in enumerate(row)]
     for i, measures in enumerate(run.get("measures") or []):
         rows += [(name, v, i) for name, v in measures.items()]
+    for i, drift in enumerate(run.get("drift") or []):  # the first is that before training
+        general = drift.get("general") or {}
+        rows.append(("drift/perplexity", drift.get("perplexity"), i))
+        rows += [(f"drift/general_{topic}", v, i) for topic, v in general.items()]
+        rows += [("drift/general", sum(general.values()) / len(general), i)] if general else []
     for point in run.get("losses") or []:
         rows.append(("loss", point.get("loss"), point.get("step", 0)))
     for point in run.get("anytime") or []:

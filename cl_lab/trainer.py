@@ -24,6 +24,7 @@ from cl_lab import checkpoint, seeding
 from cl_lab.augmentation import crop_flip, transformed_batches
 from cl_lab.chain import Chain
 from cl_lab.config import RunConfig, TrainingConfig
+from cl_lab.drift import make_probes
 from cl_lab.errors import ConfigError, Interrupted, TrainingError
 from cl_lab.learner import EngineLearner, Score, warm_up
 from cl_lab.protocols import state_bytes
@@ -75,7 +76,9 @@ class Record:
     anytime: list[dict[str, Any]] = field(default_factory=list)
     losses: list[dict[str, Any]] = field(default_factory=list)
     measures: list[dict[str, float]] = field(default_factory=list)
-    """Numbers of the strategy's own after each experience, by ``strategy/name``."""
+    """Numbers of the strategy's own after each experience, by ``strategy/name``; with those of its other answers."""
+    drift: list[dict[str, Any]] = field(default_factory=list)
+    """Before training and after each experience, what :meth:`cl_lab.drift.Probes.results` says, where it is asked for."""
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     samples: int = 0
@@ -143,6 +146,8 @@ class Trainer:
         self._sets_lr = strategy.overrides("learning_rate")
         self._predict = (lambda batch: strategy.predict(batch, learner)) if strategy.overrides("predict") else None
         self._encoded: dict[int, tuple[Hashable, TensorData]] = {}  # test sets as the strategy wants them, by id
+        asked = config.evaluation
+        self._probes = make_probes(stream, asked.probe_text) if asked.drift else None
         learner.keep_features = strategy.uses_features
         if config.engine.zero == 3 and strategy.whole_parameters:
             raise ConfigError(
@@ -165,6 +170,7 @@ class Trainer:
         self.observer.started(done + self._steps_left(), done)
         if not self.record.initial:
             self.record.initial, self.record.initial_valid = self._score()
+            self._probe()
             self.observer.scored(self.record)
         for experience in self.stream.experiences[self._position.experience :]:
             with self._timed("train_seconds"):
@@ -173,8 +179,9 @@ class Trainer:
             self.record.matrix.append(row)
             if valid:
                 self.record.valid.append(valid)
+            self._probe()
             self.record.trainable_parameters = self.learner.trainable_parameters
-            self.record.measures.append(self.strategy.measures())
+            self.record.measures.append(self.strategy.measures() | self._other_scores(experience.index + 1))
             self.record.strategy_state_bytes = state_bytes(self.strategy.state_dict())
             self.record.peak_memory_bytes = max(self.record.peak_memory_bytes, _peak_memory(self.learner.device))
             self._position = _Position(experience=experience.index + 1)
@@ -381,25 +388,49 @@ class Trainer:
             f"step {step} with training.lr={t.lr}; lower training.lr (or the strategy's strength), or set training.clip_norm"
         )
 
-    def _score(self, first: int | None = None) -> tuple[list[float], list[float]]:
-        """Score on the test set of every experience (or the ``first`` so many), and, of free answers, the valid shares."""
+    def _score(
+        self, first: int | None = None, predict: Callable[[Batch], Tensor] | None = None
+    ) -> tuple[list[float], list[float]]:
+        """Score on the test set of every experience (or the ``first`` so many), and, of free answers, the valid shares.
+
+        ``predict`` answers in place of the strategy.
+        """
         with self._timed("eval_seconds"):
             size = self.config.evaluation.batch_size
             scores: dict[int, Score] = {}  # experiences may share a test set
             for e in self.stream.experiences[:first]:
                 if id(e.test) not in scores:
-                    scores[id(e.test)] = self.learner.score(self._test_set(e), size, self._predict)
+                    scores[id(e.test)] = self.learner.score(self._encode(e.test), size, predict or self._predict)
             row = [scores[id(e.test)] for e in self.stream.experiences[:first]]
             return [s.value for s in row], [s.valid for s in row if s.valid is not None]
 
-    def _test_set(self, experience: Experience) -> TensorData:
-        """The test set as the strategy wants it: encoded once for each encoding."""
+    def _other_scores(self, seen: int) -> dict[str, float]:
+        """What the strategy's other answers score on the ``seen`` experiences met so far: each, and their mean."""
+        found = {}
+        for name, answer in self.strategy.other_answers(self.learner).items():
+            key = f"{name}_{self.stream.score.replace(' ', '_')}"
+            row, _ = self._score(seen, answer)
+            found[key] = sum(row) / len(row)
+            found |= {f"{key}_exp_{j}": score for j, score in enumerate(row)}
+        return found
+
+    def _probe(self) -> None:
+        """Measure drift where it is asked for; of the model as it answers, in evaluation mode, nothing drawn."""
+        if self._probes is None:
+            return
+        with self._timed("eval_seconds"):
+            data, size = self._encode(self._probes.data), self.config.evaluation.batch_size
+            found = self.learner.log_likelihoods(data, self._probes.said, size, self._predict)
+            self.record.drift.append(self._probes.results(found))
+
+    def _encode(self, data: TensorData) -> TensorData:
+        """A test set as the strategy wants it: encoded once for each encoding."""
         key = self.strategy.encoding()
         if key is None:
-            return experience.test
-        held = self._encoded.get(id(experience.test))
+            return data
+        held = self._encoded.get(id(data))
         if held is None or held[0] != key:
-            held = self._encoded[id(experience.test)] = (key, self.strategy.encode(experience.test, self.learner))
+            held = self._encoded[id(data)] = (key, self.strategy.encode(data, self.learner))
         return held[1]
 
     @contextmanager

@@ -79,18 +79,19 @@ class Task:
 
 # -- wording -------------------------------------------------------------------------------------------------------
 
+REPLY = "Reply with one of the options."
 INSTRUCTIONS = {
-    "TC": "Which subject does this text belong to? Reply with one of the options.",
-    "SC": "How does the author feel? Reply with one of the options.",
-    "NLI": "How is the second sentence related to the first? Reply with one of the options.",
-    "QQP": "Do the two questions ask the same thing? Reply with one of the options.",
-    "BoolQA": "Read the passage and decide on the question. Reply with one of the options.",
-    "MultiRC": "Read the paragraph and judge the proposed answer to the question. Reply with one of the options.",
-    "WiC": "Does the word mean the same in both sentences? Reply with one of the options.",
-    "COPA": "Which of the two is the more plausible? Reply with one of the options.",
+    "TC": "Which subject does this text belong to? " + REPLY,
+    "SC": "How does the author feel? " + REPLY,
+    "NLI": "How is the second sentence related to the first? " + REPLY,
+    "QQP": "Do the two questions ask the same thing? " + REPLY,
+    "BoolQA": "Read the passage and decide on the question. " + REPLY,
+    "MultiRC": "Read the paragraph and judge the proposed answer to the question. " + REPLY,
+    "WiC": "Does the word mean the same in both sentences? " + REPLY,
+    "COPA": "Which of the two is the more plausible? " + REPLY,
     "toy-colours": "Name its colour.",
     "toy-sizes": "Name its size.",
-    "default": "Read the text. Reply with one of the options.",
+    "default": "Read the text. " + REPLY,
 }
 """The instruction for each kind of task: a folder of CL_Benchmark, or the name of a task."""
 

@@ -155,6 +155,7 @@ class Biography(Scenario):
             answers=table,
             scoring=self.scoring,
             vocabulary=rows.tokenizer.size,
+            tokenizer=rows.tokenizer,
         )
 
     def _read(self, world: World, rows: _Rows) -> _Parts:

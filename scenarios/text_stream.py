@@ -18,11 +18,12 @@ from cl_lab.errors import ConfigError, DataError, nearest
 from cl_lab.files import cache_root
 from cl_lab.knobs import knob
 from cl_lab.protocols import Scenario
-from cl_lab.records import PAD, Experience, Scoring, Stream, TensorData
+from cl_lab.records import PAD, Experience, Measure, Scoring, Stream, TensorData
 from cl_lab.seeding import generator, permutation
 
 from . import _cache
 from ._orders import limit_rows
+from ._styles import STYLES, Restyled, answers_of, restyle
 from ._texts import ORDERS, TEMPLATES, Row, Task, Template, Texts, find_tasks, held_out, load_template
 from ._tokens import ragged, space_between, tokens_behind
 from .image_folder import place_of
@@ -57,6 +58,18 @@ class TextStream(Scenario):
     without one: `` World`` is one token. A tokenizer that keeps the space apart (bytes) has it in the prompt. Labels must
     fit ``max_answer``; longer free answers are cut.
 
+    Free answers can be worded in many ways. With ``measure`` what the model writes, up to ``max_answer`` tokens, is compared
+    as words with the whole right text, also where that was cut to be learnt: ``rouge-l`` (Lin 2004) or ``f1`` (SQuAD's);
+    both are described in :mod:`cl_lab.overlap`. A task's score is then the mean over its rows, in [0, 1]; no share of valid
+    answers is given, there being no set of them.
+
+    ``style_mix`` is SEFE's answer-style diversification (``style-mix``), against forgetting of the form alone: that share
+    of each task's training rows is asked for in another way, a quarter of it in each: whether the answer is a given label,
+    right or wrong (*yes*, *no*), which letter has it, the label alone, and a sentence (*The answer is World.*). SEFE's fifth
+    style, a detailed explanation, needs a model to write it and is not there. Only rows with a label and a text are
+    rewritten, drawn with the run's seed, and never test rows; their answers stand in the table, but are no classes of the
+    task.
+
     A sample is int32 ``[P + A]``: the prompt, ending at column P, then the answer with the end-of-text token, the rest
     PAD. Which rows ``train_samples`` takes depends on the run's seed and the task's name, not on its place in the order;
     the test rows are the same for every seed. All is tokenised once; the cache keeps it until a file, the tokenizer or one
@@ -78,6 +91,11 @@ class TextStream(Scenario):
         "generation: the model writes its answer; constrained: the likeliest of the task's labels; first-token: the label "
         "with the likeliest first token; opening: right where the likeliest token of all begins the right answer",
     )
+    measure: Measure | dict[str, Measure] = knob(
+        "exact",
+        "what a freely written answer is worth: exact (1 or 0), rouge-l or f1 (overlap with the whole right text); for "
+        "tasks without labels, or by task: {MeetingBank: rouge-l}",
+    )
     train_samples: int | None = knob(
         None, "training rows per task, equally many of each label, drawn with the run's seed; null: all", ge=1
     )
@@ -93,6 +111,13 @@ class TextStream(Scenario):
         "on; chosen by hash, the same for every seed",
         gt=0,
         lt=1,
+    )
+    style_mix: float = knob(
+        0.0,
+        "share of each task's training rows rewritten into other styles of answer: yes or no, a letter, the label alone, a "
+        "sentence (SEFE takes 0.1 to 0.2); tasks without labels stay as they are",
+        ge=0,
+        le=1,
     )
     shuffle_tasks: bool = knob(False, "draw the order of the tasks with order_seed; otherwise as listed")
     order_seed: int | None = knob(None, "seed of the order of tasks; null: the run's seed", ge=0)
@@ -145,10 +170,11 @@ class TextStream(Scenario):
         from cl_lab.hub import load_tokenizer
 
         tasks = find_tasks(self._names(), self.data_dir, self.test_share)
+        asked = self._asked(tasks)
         tokenizer = load_tokenizer(self.tokenizer, trust_remote_code=self.trust_remote_code)
         if self.shuffle_tasks:
             order = permutation(len(tasks), seed if self.order_seed is None else self.order_seed, "tasks")
-            tasks = [tasks[i] for i in order.tolist()]
+            tasks, asked = ([some[i] for i in order.tolist()] for some in (tasks, asked))
         sets = [_TokenSet(task.name, self._tokens(task, tokenizer)) for task in tasks]
         if self.scoring in ("constrained", "first-token"):
             for one in sets:
@@ -157,26 +183,39 @@ class TextStream(Scenario):
                         f"scoring = '{self.scoring}': task '{one.name}' has free answers, no labels to choose from; use "
                         "scoring=generation, or list its answers in labels.json in its folder"
                     )
+        measures = self._measures(sets, asked)
         used = _PARTS if self.holdout is None else ("train",)
         self._tell(sets, used)
         chosen = [self._chosen(one, seed) for one in sets]
-        answers: dict[tuple[int, ...], int] = {}
-        outputs = [_outputs(one, rows.values(), answers) for one, rows in zip(sets, chosen, strict=True)]
+        answers: dict[_Answer, int] = {}
+        outputs = [
+            _outputs(one, rows.values(), answers, compared=measure != "exact")
+            for one, rows, measure in zip(sets, chosen, measures, strict=True)
+        ]
         # Widths are those of whole tasks, whatever was drawn of them: the same for every seed.
         prompt = max(one.longest(part) for one in sets for part in used)
         longest = max(len(a) for one in sets for a in one.answers_of(used))
+        restyled: list[_Style | None] = [None] * len(sets)
+        if self.style_mix > 0:
+            restyled = self._restyle(tasks, [rows["train"] for rows in chosen], tokenizer, seed)
+            prompt = self.max_prompt  # whatever was drawn
+            for style in restyled:
+                for answer in style.answers if style else ():
+                    answers.setdefault((answer, ""), len(answers))
+                    longest = max(longest, len(answer))
+        numbers = {answer: row for (answer, text), row in answers.items() if not text}
         table = torch.full((len(answers), longest), PAD)
-        for answer, row in answers.items():
+        for (answer, _), row in answers.items():
             table[row, : len(answer)] = torch.tensor(answer)
         experiences = [
             Experience(
                 i,
                 one.name,
-                output[output >= 0].tolist(),
-                partial(_samples, one, rows["train"], output, table, prompt, i),
+                output[output >= 0].unique().tolist(),
+                partial(_samples, one, rows["train"], output, table, prompt, i, style.rows(numbers) if style else None),
                 partial(_samples, one, rows["test"], output, table, prompt, i),
             )
-            for i, (one, rows, output) in enumerate(zip(sets, chosen, outputs, strict=True))
+            for i, (one, rows, output, style) in enumerate(zip(sets, chosen, outputs, restyled, strict=True))
         ]
         return Stream(
             name=type(self).__name__,
@@ -190,16 +229,106 @@ class TextStream(Scenario):
             answers=table,
             scoring=self.scoring,
             vocabulary=tokenizer.size,
+            tokenizer=tokenizer,
+            measures=tuple(measures) if set(measures) != {"exact"} else (),
+            references=tuple(text for _, text in answers) if set(measures) != {"exact"} else (),
         )
+
+    def _asked(self, tasks: Sequence[Task]) -> list[Measure | None]:
+        """The measure that is asked for each of ``tasks`` by name. Raises :class:`ConfigError` for a name that is none."""
+        if not isinstance(self.measure, dict):
+            return [None] * len(tasks)
+        named = [(name, task.name) for name, task in zip(self._names(), tasks, strict=True)]
+        for name in self.measure:
+            if not any(name in pair for pair in named):
+                there = [name for name, _ in named]
+                raise ConfigError(
+                    f"measure: '{name}' is none of the tasks{nearest(name, there)}; name one of {', '.join(there)}"
+                )
+        return [self.measure.get(name, self.measure.get(short)) for name, short in named]
+
+    def _measures(self, sets: Sequence[_TokenSet], asked: Sequence[Measure | None]) -> list[Measure]:
+        """How the answers of each task are measured. Raises :class:`ConfigError` where there is nothing to compare."""
+        free: Measure = "exact" if isinstance(self.measure, dict) else self.measure
+        found: list[Measure] = [
+            wanted or ("exact" if one.fact("labelled") else free) for one, wanted in zip(sets, asked, strict=True)
+        ]
+        compared = next((m for m in found if m != "exact"), None)
+        if free != "exact" and compared is None:
+            raise ConfigError(
+                f"measure = '{free}': compares free answers, but every task has labels; leave it out, or name a task "
+                f"(measure={{{sets[0].name}: {free}}})"
+            )
+        if compared is not None and self.scoring != "generation":
+            raise ConfigError(
+                f"measure = '{compared}': compares what is written, but scoring is '{self.scoring}'; set "
+                "scoring=generation, or measure=exact"
+            )
+        return found
+
+    def _restyle(
+        self, tasks: Sequence[Task], chosen: Sequence[_Rows], tokenizer: Tokenizer, seed: int
+    ) -> list[_Style | None]:
+        """The training rows to rewrite, of each task; ``None`` where it has no texts with labels.
+
+        Raises :class:`ConfigError` where no task has, and :class:`DataError` for an answer that is too long.
+        """
+        made: list[_Style | None] = []
+        for task, rows in zip(tasks, chosen, strict=True):
+            texts = task.read()
+            if texts.labels is None or texts.asked or len(texts.labels) < 2:
+                made.append(None)
+                continue
+            own = [texts.train[i] for i in rows.numbers.tolist()]
+            instruction = self._templates()[0].instruction(task)
+            again = restyle([row.answer for row in own], texts.labels, instruction, self.style_mix, seed, task.name)
+            made.append(self._style(task, texts.labels, again, [own[a.number].text for a in again], tokenizer))
+        if not any(made):
+            raise ConfigError(
+                f"style_mix = {self.style_mix}: rewrites texts that have one of several labels, but no task has such; leave "
+                "it out"
+            )
+        told = ", ".join(f"{t.name} {len(s.numbers)}" for t, s in zip(tasks, made, strict=True) if s)
+        log.info("text-stream: training rows rewritten into other styles (%s): %s", ", ".join(STYLES), told)
+        if left := ", ".join(t.name for t, style in zip(tasks, made, strict=True) if style is None):
+            log.warning("text-stream: style_mix: left as they are, having no texts with labels: %s", left)
+        return made
+
+    def _style(
+        self, task: Task, labels: Sequence[str], again: Sequence[Restyled], texts: Sequence[str], tokenizer: Tokenizer
+    ) -> _Style:
+        """Rewritten rows in tokens."""
+        wrap = tokenizer.chat if self.chat else str
+        apart, gap = ("", "") if wrap("x\nAnswer:")[-1:].isspace() else space_between(tokenizer)
+        said = answers_of(labels)
+        tokens = [(*t, tokenizer.end) for t in tokens_behind(tokenizer, gap, said)]
+        worst = max(range(len(said)), key=lambda i: len(tokens[i]))
+        if len(tokens[worst]) > self.max_answer:
+            raise DataError(
+                f"text-stream: max_answer = {self.max_answer}: '{said[worst]}', an answer of style_mix in task "
+                f"'{task.name}', takes {len(tokens[worst])} tokens, its end included; raise max_answer to "
+                f"{len(tokens[worst])}"
+            )
+
+        def word(i: int, text: str) -> str:
+            return wrap(f"{again[i].before}{text}{again[i].after}") + apart
+
+        prompts, _ = _prompts(task, texts, word, tokenizer, self.max_prompt)
+        by_answer = dict(zip(said, tokens, strict=True))
+        return _Style([a.number for a in again], prompts, [by_answer[a.answer] for a in again], tokens)
+
+    def _templates(self) -> list[Template]:
+        """For texts with labels, and for whole prompts."""
+        return [load_template(self.template)] * 2 if self.template else [TEMPLATES["options"], TEMPLATES["plain"]]
 
     def _tokens(self, task: Task, tokenizer: Tokenizer) -> Arrays:
         """All rows of a task in tokens, from the cache or made now."""
-        templates = [load_template(self.template)] * 2 if self.template else [TEMPLATES["options"], TEMPLATES["plain"]]
+        templates = self._templates()
         wording = [(t.text, t.instruction(task)) for t in templates]
         key = _cache.key_of(
             repr(part)
             for part in (
-                "text-stream 1",
+                "text-stream 2",
                 task.digest(),
                 tokenizer.key,
                 tokenizer.chat("x") if self.chat else None,
@@ -277,10 +406,13 @@ _ARRAYS = (
     "train_place",
     "answer_tokens",
     "answer_starts",
+    "answer_text",
+    "answer_text_starts",
     "facts",
 )
 """Tokens of all rows one behind the other, int32, with int64 ``[N + 1]`` where each starts; ``y`` ``[N]`` int64 numbers
-the task's own answers; ``train_place`` ``[N]`` float64 is the place in [0, 1) that decides on a hold-out."""
+the task's own answers, whose texts are UTF-8 in ``answer_text``; ``train_place`` ``[N]`` float64 is the place in [0, 1) that
+decides on a hold-out."""
 
 
 class _Rows(NamedTuple):
@@ -288,6 +420,24 @@ class _Rows(NamedTuple):
 
     part: str
     numbers: Tensor
+
+
+@dataclass(frozen=True)
+class _Style:
+    """Training rows in other styles: their places among those that were chosen, prompts and answers in tokens.
+
+    ``answers`` are all that can come in any style.
+    """
+
+    numbers: list[int]
+    prompts: list[list[int]]
+    said: list[tuple[int, ...]]
+    answers: list[tuple[int, ...]]
+
+    def rows(self, numbers: Mapping[tuple[int, ...], int]) -> list[tuple[int, list[int], int]]:
+        """Of each row its place, its prompt and its answer's row in the stream's table."""
+        said = [numbers[answer] for answer in self.said]
+        return list(zip(self.numbers, self.prompts, said, strict=True))
 
 
 @dataclass(frozen=True)
@@ -310,6 +460,11 @@ class _TokenSet:
         start, end = self.arrays["answer_starts"][number : number + 2]
         return tuple(self.arrays["answer_tokens"][start:end].tolist())
 
+    def text(self, number: int) -> str:
+        """The same in words, as it was before it was cut."""
+        start, end = self.arrays["answer_text_starts"][number : number + 2]
+        return bytes(self.arrays["answer_text"][start:end]).decode("utf-8", "surrogatepass")
+
     def labels(self, rows: _Rows) -> Tensor:
         """The answers of ``rows``, by the task's own numbers."""
         y: Tensor = torch.from_numpy(self.arrays[f"{rows.part}_y"])[rows.numbers]
@@ -327,24 +482,47 @@ class _TokenSet:
         return map(self.answer, self.met([torch.from_numpy(self.arrays[f"{part}_y"]) for part in parts]))
 
 
-def _outputs(one: _TokenSet, chosen: Iterable[_Rows], answers: dict[tuple[int, ...], int]) -> Tensor:
-    """For each of the task's answers its row in the stream's table, int64, −1 where it does not come; new ones join."""
+_Answer = tuple[tuple[int, ...], str]
+"""The tokens of an answer, and the text it is compared with; none where it must be exact."""
+
+
+def _outputs(one: _TokenSet, chosen: Iterable[_Rows], answers: dict[_Answer, int], *, compared: bool) -> Tensor:
+    """For each of the task's answers its row in the stream's table, int64, −1 where it does not come; new ones join.
+
+    Answers that are the same in tokens (because they were cut) are one, unless their texts are ``compared``.
+    """
     output = torch.full((len(one.arrays["answer_starts"]) - 1,), -1)
     for number in one.met([one.labels(rows) for rows in chosen]):
-        output[number] = answers.setdefault(one.answer(number), len(answers))
+        answer = one.answer(number), one.text(number) if compared else ""
+        output[number] = answers.setdefault(answer, len(answers))
     return output
 
 
-def _samples(one: _TokenSet, rows: _Rows, output: Tensor, table: Tensor, prompt: int, task: int) -> TensorData:
-    """The tensors of one part of an experience; ``prompt`` is the column where prompts end."""
+def _samples(
+    one: _TokenSet,
+    rows: _Rows,
+    output: Tensor,
+    table: Tensor,
+    prompt: int,
+    task: int,
+    restyled: Sequence[tuple[int, list[int], int]] | None = None,
+) -> TensorData:
+    """The tensors of one part of an experience; ``prompt`` is the column where prompts end.
+
+    ``restyled`` are rows with another prompt and answer.
+    """
     tokens, starts = (one.arrays[f"{rows.part}_{what}"] for what in ("tokens", "starts"))
     y = output[one.labels(rows)]
+    others = {place: (asked, answer) for place, asked, answer in restyled or ()}
+    for place, (_, answer) in others.items():
+        y[place] = answer
     x = torch.full((len(y), prompt + table.shape[1]), PAD, dtype=torch.int32)
     x[:, prompt:] = table[y]
     filled = x.numpy()
     for row, i in enumerate(rows.numbers.tolist()):
         start, end = starts[i : i + 2]
-        filled[row, prompt - (end - start) : prompt] = tokens[start:end]
+        asked = others[row][0] if row in others else tokens[start:end]
+        filled[row, prompt - len(asked) : prompt] = asked
     return TensorData(x, y, torch.full_like(y, task))
 
 
@@ -359,19 +537,18 @@ def _tokenised(
     wrap = tokenizer.chat if chat else str
     apart, gap = ("", "") if wrap(f"{before}x{after}")[-1:].isspace() else space_between(tokenizer)
 
-    def word(text: str) -> str:
+    def word(_: int, text: str) -> str:
         return wrap(f"{before}{text}{after}") + apart
 
     answers = list(texts.labels or dict.fromkeys(row.answer for part in (texts.train, texts.test) for row in part))
     tokens, cut_answers = _answers(task, answers, texts.labels is not None, gap, tokenizer, limits[1])
-    numbers = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
-    if texts.labels is not None and len(numbers) < len(tokens):
+    if texts.labels is not None and len(set(tokens)) < len(tokens):
         double = next(a for a, t in zip(answers, tokens, strict=True) if tokens.count(t) > 1)
         raise DataError(
             f"text-stream: label '{double}' of task '{task.name}' has the same tokens as another of its labels; use another "
             "tokenizer, or reword it"
         )
-    number = {answer: numbers[t] for answer, t in zip(answers, tokens, strict=True)}
+    number = {answer: i for i, answer in enumerate(answers)}
     facts = {"labelled": int(texts.labels is not None), "dropped": texts.dropped}
     arrays: dict[str, npt.NDArray[Any]] = {}
     for part, rows in (("train", texts.train), ("test", texts.test)):
@@ -379,7 +556,10 @@ def _tokenised(
         facts[f"{part}_short"] = sum(row.answer in cut_answers for row in rows)
         arrays[f"{part}_tokens"], arrays[f"{part}_starts"] = ragged(prompts)
         arrays[f"{part}_y"] = np.array([number[row.answer] for row in rows], np.int64)
-    arrays["answer_tokens"], arrays["answer_starts"] = ragged(list(numbers))
+    arrays["answer_tokens"], arrays["answer_starts"] = ragged(tokens)
+    written = [answer.encode("utf-8", "surrogatepass") for answer in answers]
+    arrays["answer_text"] = np.frombuffer(b"".join(written), np.uint8)
+    arrays["answer_text_starts"] = np.cumsum([0, *map(len, written)], dtype=np.int64)
     arrays["train_place"] = np.array([_hold_out_place(row) for row in texts.train])
     arrays["facts"] = np.array([facts[name] for name in _FACTS], np.int64)
     return arrays
@@ -411,18 +591,19 @@ _GAP = " ... "
 
 
 def _prompts(
-    task: Task, texts: Sequence[str], word: Callable[[str], str], tokenizer: Tokenizer, limit: int
+    task: Task, texts: Sequence[str], word: Callable[[int, str], str], tokenizer: Tokenizer, limit: int
 ) -> tuple[list[list[int]], int]:
     """The tokens of each prompt, at most ``limit``, and how many texts were cut for that.
 
-    A long text keeps as many words as fit, half of them at its beginning and half at its end.
+    ``word`` words a prompt, given the number of its text. A long text keeps as many words as fit, half of them at its
+    beginning and half at its end.
     """
-    prompts = tokenizer.encode_all([word(text) for text in texts])
+    prompts = tokenizer.encode_all([word(i, text) for i, text in enumerate(texts)])
     long = [i for i, p in enumerate(prompts) if len(p) > limit]
     pieces = {i: _PIECES.findall(texts[i]) for i in long}
 
     def try_with(kept: Mapping[int, int]) -> dict[int, list[int]]:
-        tried = tokenizer.encode_all([word(_without_middle(pieces[i], n)) for i, n in kept.items()])
+        tried = tokenizer.encode_all([word(i, _without_middle(pieces[i], n)) for i, n in kept.items()])
         return dict(zip(kept, tried, strict=True))
 
     # Of each text ``least`` pieces fit and ``most`` do not; all texts are searched at once.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from cl_lab.adapters import LowRank, low_rank
 from cl_lab.protocols import Learner
@@ -44,22 +47,26 @@ class Teacher:
     @torch.no_grad()
     def take_buffers(self, learner: Learner) -> None:
         """Take over the model's buffers (running statistics), not its weights."""
+        own = dict(self._ready(learner).named_buffers())
+        for name, value in self.buffers_of(learner).items():
+            own[name].copy_(value)
+
+    def buffers_of(self, learner: Learner) -> dict[str, Tensor]:
+        """The model's buffers by name, copied, on its own device; all ranks take part."""
         own = self._ready(learner)
         saved = own.state_dict()
         buffers = {name: buffer for name, buffer in own.named_buffers() if name in saved}
-        if buffers:  # gathering the weights is not free
-            weights = learner.weights()
-            for name, buffer in buffers.items():
-                buffer.copy_(weights[name])
+        if not buffers:  # gathering the weights is not free
+            return {}
+        weights = learner.weights()
+        return {name: weights[name].to(buffer) for name, buffer in buffers.items()}
 
     @torch.no_grad()
-    def outputs(self, batch: Batch, learner: Learner) -> Tensor:
-        """Its logits ``[B, n_classes]``, in evaluation mode."""
-        logits: Tensor
-        if batch.raw:
-            logits = self._ready(learner)(learner.prepare_input(batch.x), batch.t)
-        else:
-            logits = self._ready(learner)(batch.x, batch.t, latent=True)
+    def outputs(self, batch: Batch, learner: Learner, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Its logits ``[B, n_classes]``, in evaluation mode; with ``buffers`` in place of its own for this once."""
+        own = self._ready(learner)
+        x, how = (learner.prepare_input(batch.x), {}) if batch.raw else (batch.x, {"latent": True})
+        logits: Tensor = functional_call(own, dict(buffers), (x, batch.t), how) if buffers else own(x, batch.t, **how)
         return logits.float()
 
     def outputs_and_features(self, batch: Batch, learner: Learner) -> tuple[Tensor, Tensor]:

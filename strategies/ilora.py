@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +33,9 @@ class ILoRA(Rehearsal):
 
         ``CE(new and remembered) + γ · mean over the remembered of (h_f − h_s)²``.
 
-    The slow weights answer, unless ``serve`` says the fast ones. Only past experiences are remembered.
+    The slow weights answer, unless ``serve`` says the fast ones. After each experience the others are scored, too, on all
+    that was met: ``ilora/fast_accuracy`` (or ``slow``) in the measures is their mean, ``…_exp_<j>`` that of one experience.
+    It changes nothing in training; ``score_both: false`` saves the time. Only past experiences are remembered.
 
     In the released code the slow adapter never moves and so is the model as it was before all training, and its states
     pull only where they are the greater ones. ``variant: released`` does that, to tell how much of a gain is the moving
@@ -46,6 +49,9 @@ class ILoRA(Rehearsal):
     warm_up: bool = knob(True, doc="let the slow weights be the plain mean of the fast ones until λ takes over")
     strength: float = knob(1.0, doc="γ, the weight of the hidden states' distance", ge=0)
     serve: Literal["slow", "fast"] = knob("slow", doc="which weights answer")
+    score_both: bool = knob(
+        True, doc="score the weights that do not answer, too (ilora/fast_accuracy, …): evaluation takes twice the time"
+    )
     variant: Literal["paper", "released"] = knob(
         "paper", doc="released: slow weights that never move, a one-sided pull"
     )
@@ -103,6 +109,16 @@ class ILoRA(Rehearsal):
             self._slow.take_buffers(learner)
             self._looked = self._steps
         return self._slow.outputs(batch, learner)
+
+    def other_answers(self, learner: Learner) -> Mapping[str, Callable[[Batch], Tensor]]:
+        """Those of the weights that do not serve."""
+        if not self.score_both or not self._slow:
+            return {}
+        if self.serve == "slow":
+            return {"fast": learner.forward}
+        # Running statistics are the fast model's, lent: what the slow one has of its own takes part in training.
+        buffers = self._slow.buffers_of(learner)
+        return {"slow": lambda batch: self._slow.outputs(batch, learner, buffers)}
 
     def adapters(self, learner: Learner) -> dict[str, LowRank]:
         if self.serve == "fast" or not self._slow:

@@ -16,7 +16,15 @@ PACKAGES = ("cl_lab", "strategies", "scenarios")
 LAYERS = [
     {"cl_lab", "cl_lab.errors", "cl_lab.compat", "cl_lab.files"},
     {"cl_lab.hub", "cl_lab.records", "cl_lab.knobs", "cl_lab.environment", "cl_lab.adapters"},
-    {"cl_lab.protocols", "cl_lab.seeding", "cl_lab.display", "cl_lab.checkpoint", "cl_lab.metrics"},
+    {
+        "cl_lab.protocols",
+        "cl_lab.seeding",
+        "cl_lab.display",
+        "cl_lab.checkpoint",
+        "cl_lab.metrics",
+        "cl_lab.overlap",
+        "cl_lab.probe_texts",
+    },
     {
         "cl_lab.config",
         "cl_lab.registry",
@@ -26,6 +34,7 @@ LAYERS = [
         "cl_lab.visual_questions",
         "cl_lab.answers",
         "cl_lab.causal_lm",
+        "cl_lab.drift",
         "cl_lab.latents",
         "cl_lab.launch",
         "cl_lab.chain",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,9 +11,9 @@ import toys
 from torch import Tensor
 
 from cl_lab import answers
-from cl_lab.answers import BROKEN, NONE, find_answers
+from cl_lab.answers import BROKEN, NONE, find_answers, grade_answers
 from cl_lab.errors import DataError
-from cl_lab.records import PAD, Batch, Experience, Scoring, Stream
+from cl_lab.records import PAD, Batch, Experience, Measure, Scoring, Stream
 
 VOCABULARY = 40
 
@@ -222,3 +222,89 @@ def test_an_answer_of_another_task_is_none() -> None:
     on = toys.stream(form="texts")
     assert find_answers(asked(on), saying([13, 1]), on).tolist() == [NONE] * 4
     assert find_answers(asked(on, part=1), saying([13, 1]), on).tolist() == [3] * 4
+
+
+class Spoken:
+    """A tokenizer that says the tokens of the toy texts as words."""
+
+    end, size, key = toys.END, VOCABULARY, "spoken"
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word.removeprefix("w")) for word in text.split()]
+
+    def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(f"w{t}" for t in tokens if t != toys.END)
+
+    def chat(self, prompt: str) -> str:
+        return prompt
+
+
+def compared(*measures: Measure) -> Stream:
+    """Toy texts whose answers are compared; the references go on behind what the table holds of an answer."""
+    on = toys.stream(form="texts", experiences=2)
+    references = ("w10 w9 w20 w21", "w11", "w12 w9", "w13")
+    return replace(on, measures=measures, references=references, tokenizer=Spoken())
+
+
+@pytest.mark.parametrize(
+    ("measure", "said", "worth"),
+    [
+        ("rouge-l", [10, 9, 1], [2 * 2 / 6, 0.0]),  # of four words of the whole reference; of one
+        ("rouge-l", [9, 10, 1], [2 * 1 / 6, 0.0]),
+        ("f1", [9, 10, 1], [2 * 2 / 6, 0.0]),
+        ("f1", [11, 9, 10], [2 * 2 / 7, 2 * 1 / 4]),  # it did not end by itself
+        ("exact", [11, 1], [0.0, 1.0]),
+        ("rouge-l", [1], [0.0, 0.0]),
+    ],
+)
+def test_a_written_answer_is_worth_what_it_has_of_the_reference(
+    measure: Measure, said: list[int], worth: list[float]
+) -> None:
+    on = compared(measure, "rouge-l")
+    grades = grade_answers(asked(on), saying(said), on)
+    assert grades.value.tolist() == pytest.approx([*worth, *worth])
+    assert not grades.broken.any()
+
+
+def test_tasks_of_one_batch_are_each_measured_in_their_way() -> None:
+    on = compared("exact", "f1")
+    both = [asked(on, 2, part) for part in (0, 1)]
+    batch = replace(both[0], **{k: torch.cat([getattr(b, k) for b in both]) for k in ("x", "y", "t")})
+    grades = grade_answers(batch, saying([12, 11, 1]), on)
+    assert grades.value.tolist() == [0.0, 0.0, 0.5, 0.0]  # of "w12 w9" half, of "w13" nothing
+    broken = grade_answers(batch, lambda b: saying([12])(b) * float("nan"), on)
+    assert broken.broken.tolist() == [True] * 4
+
+
+def test_a_score_is_the_mean_and_says_what_it_is() -> None:
+    on = compared("rouge-l", "rouge-l")
+    made = toys.trainer([{"name": "naive"}], on, model={"name": "causal-lm", "weights": "tiny"})
+    data = on.experiences[0].test
+    score = made.learner.score(data, 16, saying([10, 9, 1]))
+    assert score.value == pytest.approx((2 * 2 / 6) / 2), "half of the rows have an answer of other words"
+    assert score.valid is None
+    assert on.score == made.record.score == "ROUGE-L"
+    assert compared("f1", "f1").score == "word F1"
+    assert compared("exact", "f1").score == "answer score"
+    assert compared("exact", "exact").score == toys.stream(form="texts").score == "accuracy"
+    exact = replace(on, measures=(), references=())
+    assert exact.fingerprint() != on.fingerprint()
+    assert made.learner.score(data, 16, saying([11, 1])).value == 0.0 + 0.5
+
+
+def test_exact_scores_are_shares_of_right_answers() -> None:
+    on = toys.stream(form="texts", test=39)
+    made = toys.trainer([{"name": "naive"}], on, model={"name": "causal-lm", "weights": "tiny"})
+    for said, right in (([10, 9, 1], 20), ([11, 1], 19), ([10, 1], 0)):
+        score = made.learner.score(on.experiences[0].test, 16, saying(said))
+        assert score == (right / 39, 0.0 if not right else 1.0)
+
+
+def test_comparing_needs_references_and_a_tokenizer() -> None:
+    on = compared("f1", "f1")
+    for lacking in ({"references": ()}, {"tokenizer": None}, {"measures": ("f1",)}, {"scoring": "opening"}):
+        with pytest.raises(DataError, match="it needs one for each, a tokenizer, and generation"):
+            replace(on, **lacking)

@@ -265,7 +265,7 @@ def test_summary_holds_what_its_inputs_allow() -> None:
 def test_every_metric_is_listed_with_one_line() -> None:
     tree = ast.parse(Path(m.__file__).read_text(encoding="utf-8"))
     public = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
-    given = {"test_samples": [1, 2, 3], "anytime": ANYTIME, "joint": INITIAL, "cumulative": R, "valid": R}
+    given = {"test_samples": [1, 2, 3], "anytime": ANYTIME, "joint": INITIAL, "cumulative": R, "valid": R, "general": R}
     reported = set(m.summary(R, INITIAL, **given))
     assert reported == set(public) - {"summary", "interval"}
     for name, node in public.items():
@@ -318,6 +318,25 @@ def test_published_changes_of_trace() -> None:
         matrix = np.vstack([np.tile([*base, 0.0], (len(base), 1)), [*row["scores"], 0.0]])
         agrees = m.bwt(matrix) == pytest.approx(row["published"], abs=0.014)
         assert agrees != (name in golden["misprints"]), name
+
+
+def test_general_ability_delta_is_that_of_trace() -> None:
+    golden = json.loads((GOLDEN / "trace_table2.json").read_text(encoding="utf-8"))
+    for name, row in golden["rows"].items():
+        base = golden["base"][name.split()[0]]
+        agrees = m.general_ability_delta([base, row["scores"]]) == pytest.approx(row["published"], abs=0.014)
+        assert agrees != (name in golden["misprints"]), name
+
+
+def test_general_ability_delta_by_hand() -> None:
+    general = [[0.5, 0.2], [0.9, 0.9], [0.25, 0.3]]
+    assert m.general_ability_delta(general) == pytest.approx((-0.25 + 0.1) / 2), "what was between does not count"
+    assert m.general_ability_delta(general[:1]) == 0
+    assert m.summary([[1.0]], [0.0], general=general)["general_ability_delta"] == pytest.approx(-0.075)
+    assert "general_ability_delta" not in m.summary([[1.0]], [0.0])
+    for wrong in ([], [[]], [[0.1], [0.1, 0.2]], [0.1], [[math.nan]], [["a"]]):
+        with pytest.raises(ValueError, match="general"):
+            m.general_ability_delta(wrong)
 
 
 def avalanche(module: str) -> Any:

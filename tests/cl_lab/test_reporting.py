@@ -496,3 +496,18 @@ def test_words() -> None:
     assert _chosen(100)[-1] == 99
     assert _markdown("a|b\n<i>*c*") == r"a\|b &lt;i&gt;\*c\*"
     assert _fenced("x ```` y").startswith("`````\n")
+
+
+def test_what_strategies_measured_themselves_is_told(tmp_path: Path) -> None:
+    """Means over seeds after the first and the last experience; single experiences are left to run.json."""
+    key = "ilora/fast_accuracy"
+    runs = [
+        made_up_run("ilora", s, measures=[{key: 0.5, f"{key}_exp_0": 0.5}, {key: 0.25 + 0.1 * s, "kept": 1200.0}])
+        for s in (0, 1)
+    ]
+    page, twin = write_report(made_up_comparison(runs, [made_up_run("naive", 0, measures=[{}, {}])]), tmp_path)
+    told = twin.read_text("utf-8")
+    assert "| ilora | ilora/fast\\_accuracy | 0.5 | 0.3 |" in told
+    assert "| ilora | kept | – | 1\u202f200 |" in told
+    assert "exp\\_0" not in told
+    assert "ilora/fast_accuracy" in Page(page.read_text("utf-8")).text

@@ -534,6 +534,73 @@ def test_the_toys_need_nothing() -> None:
     assert prompt.split()[1] in _texts.TOYS["toy-sizes"][answer]
 
 
+# -- free answers that are compared --------------------------------------------------------------------------------
+
+
+def test_free_answers_are_compared_with_their_whole_text(data: Path, tmp_path: Path, tokenizer: Words) -> None:
+    """Two answers that are the same once they are cut are one where they must be exact, and two where they are compared."""
+    rows = [{"prompt": f"{i}?", "answer": f"one two three {'four' if i % 2 else 'five'}"} for i in range(8)]
+    folder = tmp_path / "alike"
+    for part in ("train", "test"):
+        write(folder / f"{part}.json", rows)
+    exact = made([str(folder), "agnews"], max_answer=4)
+    assert len(exact.experiences[0].classes) == 1
+    assert exact.measures == exact.references == ()
+    stream = made([str(folder), "agnews"], max_answer=4, measure="rouge-l")
+    assert stream.measures == ("rouge-l", "exact"), "a task with labels has right answers and wrong ones"
+    assert stream.score == "answer score"
+    first, second = stream.experiences
+    assert [stream.references[y] for y in first.test.y.tolist()] == [row["answer"] for row in rows]
+    assert {stream.references[y] for y in second.test.y.tolist()} == {""}
+    assert {answer for _, answer in said(stream, tokenizer, first.test)} == {" one two three"}
+    assert made([str(folder)], measure="f1").score == "word F1"
+    assert made([str(folder)], measure="f1").fingerprint() != made([str(folder)], measure="rouge-l").fingerprint()
+
+
+def test_a_measure_for_each_task(data: Path) -> None:
+    tasks = ["agnews", "Sums", "Moods"]
+    stream = made(tasks, measure={"Sums": "f1", "Moods": "rouge-l"}, shuffle_tasks=True, order_seed=1)
+    assert dict(zip(names(stream), stream.measures, strict=True)) == {
+        "agnews": "exact",
+        "Sums": "f1",
+        "Moods": "rouge-l",
+    }
+    moods = stream.experiences[names(stream).index("Moods")]
+    assert {stream.references[c] for c in moods.classes} == set(MOODS)
+
+
+def test_a_run_is_scored_by_overlap(data: Path, tmp_path: Path) -> None:
+    """From the configuration to the document: scores are shares of words, the table of answers is not listed."""
+    from cl_lab import experiment
+    from cl_lab.config import parse
+
+    config = parse(
+        {
+            "scenario": {
+                "name": "text-stream",
+                "tasks": ["Sums"],
+                "tokenizer": "bytes",
+                "max_answer": 16,
+                "measure": "rouge-l",
+            },
+            "model": {"name": "causal-lm", "weights": "tiny", "adapt": "full"},
+            "strategy": "naive",
+            "training": {"lr": 0.02, "optimizer": "adam", "epochs": 40, "batch_size": 6},
+            "tracking": {"uri": None},
+        },
+        "test",
+    )
+    document = experiment.run(config, tmp_path / "run")
+    assert document["score"] == "ROUGE-L"
+    (told,) = document["experiences"]
+    assert told["measure"] == "rouge-l"
+    assert told["answers"] == 15
+    assert "classes" not in told
+    assert 0 <= document["initial"][0] < 0.2
+    assert document["matrix"][0][0] > 0.5, "“It is 5.” has two words of three in “It is 12.”"
+    assert document["valid"] == []
+
+
 # -- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -550,6 +617,20 @@ def refused(settings: dict[str, Any], kind: type[UserError], *parts: str) -> Non
     ("settings", "says"),
     [
         ({"tasks": "order-7"}, "scenario.tasks = 'order-7': no standard order; did you mean 'order-"),
+        (
+            {"tasks": ["agnews"], "measure": "f1"},
+            "measure = 'f1': compares free answers, but every task has labels; leave it out, or name a task "
+            "(measure={agnews: f1})",
+        ),
+        (
+            {"tasks": ["agnews"], "measure": {"agnew": "f1"}},
+            "measure: 'agnew' is none of the tasks; did you mean 'agnews'?",
+        ),
+        (
+            {"tasks": ["agnews"], "measure": {"agnews": "f1"}, "scoring": "constrained"},
+            "measure = 'f1': compares what is written, but scoring is 'constrained'; set scoring=generation",
+        ),
+        ({"tasks": ["agnews"], "measure": "rouge"}, "scenario.measure = 'rouge': "),
         ({"tasks": "agnews"}, "for tasks give a list (tasks=[agnews])"),
         ({"tasks": []}, "scenario.tasks = []: must name one task at least"),
         ({"tasks": ["agnews", "agnews"]}, "scenario.tasks: 'agnews' is named twice"),

@@ -225,3 +225,33 @@ def test_checkpoints_hold_the_adapters_alone() -> None:
     fresh.load_state_dict(ilora.state_dict())
     batch = on.experiences[0].test.batch(torch.arange(8))
     assert torch.equal(fresh.predict(batch, made.learner), ilora.predict(batch, made.learner))
+
+
+@pytest.mark.parametrize("form", ["texts", "images"])
+@pytest.mark.parametrize("serve", ["slow", "fast"])
+def test_the_other_weights_are_scored_and_training_does_not_notice(serve: str, form: str) -> None:
+    """Images pass batch normalisation, whose running statistics the slow weights borrow to be scored."""
+    on = toys.stream(form=form, experiences=2, **({"scoring": "first-token"} if form == "texts" else {}))
+    sections: dict[str, Any] = {"model": LM, "training": ADAM | {"epochs": 2}}
+    if form == "images":
+        sections = {"model": "slim-resnet18", "training": {"lr": 0.05, "iterations": 2}}
+    with_both, (both, _) = trainer(on, {"serve": serve, "decay": 0.9}, **sections)
+    record = with_both.run()
+    without, (one, _) = trainer(on, {"serve": serve, "decay": 0.9, "score_both": False}, **sections)
+    plain = without.run()
+    assert record.matrix == plain.matrix
+    assert record.losses == plain.losses
+    assert not toys.differing(toys.weights_of(with_both), toys.weights_of(without))
+    assert not toys.differing(both._slow.state_dict(), one._slow.state_dict()), "the slow weights stand where they did"
+    assert torch.equal(with_both.learner.rng.get_state(), without.learner.rng.get_state())
+    assert plain.measures == [{}, {}]
+
+    other = "fast" if serve == "slow" else "slow"
+    key = f"ilora/{other}_accuracy"
+    assert list(record.measures[0]) == [key, f"{key}_exp_0"]
+    assert list(record.measures[1]) == [key, f"{key}_exp_0", f"{key}_exp_1"], "what was met, and no more"
+    both.serve = other
+    both._looked = -1
+    row, _ = with_both._score()
+    assert [record.measures[1][f"{key}_exp_{j}"] for j in range(2)] == row, "as the run that lets them serve"
+    assert record.measures[1][key] == sum(row) / 2
