@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:  # a full disk shows as either
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"cannot write weights {path}: {reason}; free space, then --resume, or set checkpoint.experiences=false"

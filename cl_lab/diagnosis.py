@@ -161,26 +161,26 @@ def change(
 
 
 def product(u: Tensor | LowRank, v: Tensor | LowRank) -> float:
-    """The inner product of two changes of one tensor, over the entries that both have.
-
-    For factors ``⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ)``.
-    """
+    """The inner product of two changes of one tensor; for factors ``⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ)``."""
     from cl_lab.adapters import LowRank
 
     if isinstance(u, LowRank) and isinstance(v, LowRank):
         return float(((u.b.T @ v.b) * (u.a @ v.a.T)).sum())
     assert not isinstance(u, LowRank)
     assert not isinstance(v, LowRank)
-    one, other = _common(u, v)
-    return float((one * other).sum())
+    return float((u * v).sum())
 
 
 def angle(u: Mapping[str, Tensor | LowRank], v: Mapping[str, Tensor | LowRank], names: Sequence[str]) -> float | None:
-    """The angle in degrees between two changes of the tensors ``names``; ``None`` where one of them is none."""
-    lengths = length(u, names) * length(v, names)
+    """The angle in degrees between two changes of the tensors ``names``, over the entries that both have.
+
+    ``None`` where one of them is no change there.
+    """
+    pairs = [_shared(u[n], v[n]) for n in names]
+    lengths = math.sqrt(max(0.0, sum(product(a, a) for a, _ in pairs) * sum(product(b, b) for _, b in pairs)))
     if lengths == 0:
         return None
-    cosine = sum(product(u[n], v[n]) for n in names) / lengths
+    cosine = sum(product(a, b) for a, b in pairs) / lengths
     return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
 
 
@@ -198,13 +198,22 @@ def layers_of(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
         for stage in model.stages():
             for path in model.modules_up_to(stage):
                 for name in names:
-                    if name == path or name.startswith(path + "."):
+                    # A module that is named, one with an adapter, holds what the path leads to.
+                    if name == path or name.startswith(path + ".") or path.startswith(name + "."):
                         stage_of.setdefault(name, stage)
     found: dict[str, list[str]] = {}
     for name in names:
         owner = "head" if name.startswith("head.") else name.rpartition(".")[0] or name
         found.setdefault(stage_of.get(name, owner), []).append(name)
     return found
+
+
+def _shared(u: Tensor | LowRank, v: Tensor | LowRank) -> tuple[Tensor | LowRank, Tensor | LowRank]:
+    from cl_lab.adapters import LowRank
+
+    if isinstance(u, LowRank) or isinstance(v, LowRank):
+        return u, v
+    return _common(u, v)
 
 
 def _common(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1151,11 +1151,17 @@ def _draw_angles(axes: Axes, updates: Mapping[str, Any]) -> None:
 
 
 def _draw_first_steps(axes: Axes, tasks: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import NullLocator
+
     for i, t in enumerate(tasks):
         style = _style(i, False)
         xs, ys = ([k * point[side] for point in t["first_steps"]] for side, k in ((0, 100.0), (1, 100.0)))
         axes.plot(xs, ys, color=style.colour, linestyle=style.line, marker=style.marker, markersize=3.5, linewidth=1.3)
-    axes.set_xlim(-2, 102)
+    axes.set_xscale("symlog", linthresh=1.0)  # what happens in the first per cents is the question
+    axes.set_xlim(-0.05, 110)
+    ticks = (0, 1, 3, 10, 30, 100)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
     _score_axis(axes, Score())
     axes.set_xlabel("training of the next task, %")
     axes.set_ylabel(Score().axis)
