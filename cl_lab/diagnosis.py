@@ -58,6 +58,9 @@ def diagnose(
     - ``alignment lost``: ratio of ``threshold`` or more, and above the control;
     - ``partly``: in between.
 
+    What the control cannot see: it knows none of the other tasks, either, so what they share with this one (edges of all
+    digits) counts as recovered. And a ratio is one of these steps at this learning rate: more steps bring back more.
+
     The halves are the paper's. Where an experience is tested on other samples than it was trained on (its task 0:
     questions about other people; pictures), half A is the training set and half B the whole test set. Where it is tested
     on what it was trained on (its tasks 1, 2, …: memory), training on all of it would learn the answers again; there half
@@ -194,7 +197,8 @@ def layers_of(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
     from cl_lab.models import Classifier
 
     stage_of: dict[str, str] = {}
-    if isinstance(model, Classifier):
+    # A model whose weights another network writes (hnet) has other parameters than those of its stages.
+    if isinstance(model, Classifier) and all(name.startswith(("backbone.", "head.")) for name in names):
         for stage in model.stages():
             for path in model.modules_up_to(stage):
                 for name in names:

@@ -137,7 +137,8 @@ _FOUR = {"original": "#0072b2", "forgotten": "#b0b0b0", "recovered": "#009e73", 
 _VERDICTS: dict[str, str] = {
     "alignment lost": "a few steps brought it back, more than they teach a model that never knew it",
     "partly": "a few steps brought some of it back",
-    "knowledge lost": "a few steps did not bring it back (ratio below 0.5)",
+    "knowledge lost": "a few steps did not bring it back (ratio below 0.5; where the control is higher, the model by now "
+    "learns worse than an untrained one)",
     "cannot tell": "it came back, but the same steps teach as much to a model that never knew it (the control)",
     "kept": "it fell by no more than chance may do",
 }
@@ -1157,7 +1158,7 @@ def _draw_first_steps(axes: Axes, tasks: Sequence[Mapping[str, Any]]) -> None:
         style = _style(i, False)
         xs, ys = ([k * point[side] for point in t["first_steps"]] for side, k in ((0, 100.0), (1, 100.0)))
         axes.plot(xs, ys, color=style.colour, linestyle=style.line, marker=style.marker, markersize=3.5, linewidth=1.3)
-    axes.set_xscale("symlog", linthresh=1.0)  # what happens in the first per cents is the question
+    axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)  # what happens in the first per cents is the question
     axes.set_xlim(-0.05, 110)
     ticks = (0, 1, 3, 10, 30, 100)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
