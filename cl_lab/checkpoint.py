@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,45 @@ def read(path: Path) -> State:
         return unflatten(load_file(file), content["values"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write ``weights`` as one safetensors file at ``path``, which is whole or absent at any moment.
+
+    Raises :class:`CheckpointError` naming the file when it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_apart(dict(weights)), temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:  # a full disk shows as either
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"cannot write weights {path}: {reason}; free space, then --resume, or set checkpoint.experiences=false"
+        ) from error
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """What :func:`save_weights` wrote. Raises :class:`CheckpointError` where the file is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+        return weights
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"weights {path} cannot be read ({error}); run it again with checkpoint.experiences=true"
+        ) from error
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:

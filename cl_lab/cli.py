@@ -200,6 +200,37 @@ def export(
 
 
 @app.command()
+def diagnose(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that kept its weights (checkpoint.experiences=true).")],
+    steps: Annotated[
+        int | None, typer.Option(help="Recovery steps per task; default a tenth of what the task took, at least 10.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of recovery; default the run's.")] = None,
+    share: Annotated[
+        float, typer.Option(help="Share of the test rows to recover on, where a task is tested on what it trained on.")
+    ] = 0.5,
+    threshold: Annotated[
+        float, typer.Option(help="Recovery ratio from which only alignment was lost; below 0.5 it was knowledge.")
+    ] = 0.8,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Tell for each old task whether knowledge was lost or only alignment: a few recovery steps, angles, label mass."""
+    from cl_lab import diagnosis, reporting
+    from cl_lab.display import StepProgress
+
+    _use_data_dir(data_dir)
+    with StepProgress("recovery: ") as progress:
+        document = diagnosis.diagnose(run, steps=steps, lr=lr, share=share, threshold=threshold, observer=progress)
+    page = reporting.write_again(run)
+    if as_json:
+        _print_json({**document, "report": str(page)})
+        return
+    _console().print(reporting.diagnosis_table(document))
+    _console().print(f"report: {page}")
+
+
+@app.command()
 def ui(
     uri: Annotated[str, typer.Option(help="MLflow tracking URI.")] = "sqlite:///mlruns.db",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port.")] = 5000,

@@ -243,6 +243,9 @@ class CheckpointConfig(_Strict):
     enabled: bool = Field(True, description="save after each experience and every so many steps")
     every_steps: int | None = Field(1000, ge=1, description="also save every n steps inside an experience")
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints to keep")
+    experiences: bool = Field(
+        False, description="keep the weights from before training and after each experience, for cl-lab diagnose"
+    )
 
 
 class TrackingConfig(_Strict):

@@ -84,6 +84,11 @@ class StepProgress:
         )
         self._waiting, self._shown = 0, now
 
+    def told(self, text: str) -> None:
+        """A line about what is done; nothing beside a bar."""
+        if self._bar is None:
+            logging.getLogger("cl_lab").info("%s%s", self.prefix, text)
+
     def scored(self, record: Any) -> None:
         """See :class:`cl_lab.trainer.Observer`."""
         if self._bar is not None or not record.matrix:

@@ -24,6 +24,8 @@ from cl_lab.launch import is_rank, run_ranks, stop_on_signals, world_size
 log = logging.getLogger("cl_lab")
 
 RUN_FILE = "run.json"
+WEIGHTS = "weights"
+"""The folder in a run's that holds the weights after each experience, where ``checkpoint.experiences`` asks for them."""
 _COMPARED = ("scenario", "model", "strategy", "training", "evaluation", "seed")
 """What must be equal for a run to be resumed; engine, tracking and output folder may differ."""
 
@@ -103,8 +105,7 @@ def export(folder: Path, to: Path) -> dict[str, Any]:
     found = checkpoint.load_newest(folder / "checkpoints")
     if found is None:
         raise UserError(f"export: '{folder}' holds no checkpoint; run it with checkpoint.enabled=true")
-    alone = config.model_copy(update={"engine": EngineConfig()})
-    trainer = _Run(alone, folder, label_of(config.strategy), None, None, leader=False, resume=True).build()
+    trainer = rebuild(folder, config)
     trainer.load_state_dict(found[0])
     model, chain = trainer.learner.model, trainer.strategy
     done = {"path": str(to), "experiences": len(trainer.record.matrix)}
@@ -130,6 +131,30 @@ def export(folder: Path, to: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"export: cannot write to '{to}' ({error.strerror}); choose another with --out") from error
     return {"format": "weights", **done}
+
+
+def rebuild(folder: Path, config: RunConfig, *, same_data: bool = False) -> Any:
+    """The trainer of the run of ``config`` in ``folder``, in this process, as it was before its first step.
+
+    It knows nothing of what the run has learnt, and nothing is written. Raises :class:`UserError` as a run does, and, with
+    ``same_data``, where the test sets are no longer those of the run.
+    """
+    alone = EngineConfig(
+        precision=config.engine.precision,
+        threads=config.engine.threads,
+        device="cpu" if config.engine.device == "cpu" else "auto",
+    )
+    config = config.model_copy(update={"engine": alone})
+    assert config.strategy is not None
+    made = _Run(config, folder, label_of(config.strategy), None, None, leader=False, resume=True)
+    trainer = made.build()
+    before = (read_document(folder) or {}).get("fingerprint")
+    if same_data and before and before != made.document["fingerprint"]:
+        raise UserError(
+            f"'{folder}' ran on other data than are there now (fingerprint {before[:12]}, now "
+            f"{made.document['fingerprint'][:12]}); bring the old data back, or run it again"
+        )
+    return trainer
 
 
 class _Run:
@@ -266,7 +291,8 @@ class _Run:
                 for e in raw.experiences
             ],
         }
-        return Trainer(stream, learner, chain, c, c.seed, observer=self, checkpoints=self.folder / "checkpoints")
+        checkpoints, weights = self.folder / "checkpoints", self.folder / WEIGHTS
+        return Trainer(stream, learner, chain, c, c.seed, observer=self, checkpoints=checkpoints, weights=weights)
 
     def _restore(self, trainer: Any) -> None:
         from cl_lab import checkpoint

@@ -593,6 +593,15 @@ class EngineLearner:
         """Every parameter and buffer by name, full, on the CPU."""
         return self._full_weights()
 
+    def learnt(self) -> dict[str, Tensor]:
+        """:meth:`weights` without the parameters that were never to be trained, which the model's recipe makes anew."""
+        return {n: v for n, v in self._full_weights().items() if n not in self._given}
+
+    def set_learnt(self, weights: State) -> None:
+        """Take over what :meth:`learnt` gave, also of another process."""
+        given = {n: v for n, v in self._template.state_dict().items() if n in self._given}
+        self.set_weights(given | weights)
+
     def set_weights(self, weights: State) -> None:
         """Take over what :meth:`weights` gave; the optimiser keeps its state."""
         was_open = self._wrapped is not None
@@ -606,7 +615,7 @@ class EngineLearner:
     def state_dict(self) -> State:
         """Weights, optimiser state, frozen set and strategy generator: full tensors by name, for any engine."""
         state: State = {
-            "weights": {n: v for n, v in self._full_weights().items() if n not in self._given},
+            "weights": dict(self.learnt()),
             "optimizer": self._optimizer_state() if self._wrapped is not None else None,
             "frozen": list(self._patterns),
             "rng": self._rng.get_state(),
@@ -620,8 +629,7 @@ class EngineLearner:
         assert isinstance(frozen, list)
         assert isinstance(rng, Tensor)
         self._close()
-        given = {n: v for n, v in self._template.state_dict().items() if n in self._given}
-        self.set_weights(given | weights)
+        self.set_learnt(weights)
         self._rng.set_state(rng)
         if frozen:
             self.freeze([str(p) for p in frozen])

@@ -190,6 +190,10 @@ class Classifier(nn.Module):
             self.split(stage)
         self.frozen, self.keep_latents = stage, keep
 
+    def stages(self) -> list[str]:
+        """Names of the backbone's stages that are there, in order."""
+        return [name for name, _ in self.backbone.stages()][self._start :]
+
     @property
     def cut(self) -> str | None:
         """The stage behind which the backbone is cut."""

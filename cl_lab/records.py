@@ -177,6 +177,8 @@ class Experience:
     """One step of a stream: what is learnt now and what it is tested on.
 
     ``ordered`` says that the order of the training rows is the stream's own and is kept; otherwise they are shuffled.
+    ``groups`` ``[N]`` int64 tells which of the N test rows belong together, as questions about one person do: who divides a
+    test set keeps them on one side. ``None``: each row stands alone.
 
     The tensors are made on first use and kept until :meth:`release`, so a long stream need not sit in memory at once.
     """
@@ -190,12 +192,14 @@ class Experience:
         test: Callable[[], TensorData],
         *,
         ordered: bool = False,
+        groups: Tensor | None = None,
     ) -> None:
         if not classes:
             raise DataError(f"experience {index} ('{name}') has no classes; check the split of the scenario")
         self.index = index
         self.name = name
         self.ordered = ordered
+        self.groups = groups
         self.classes = tuple(sorted(int(c) for c in classes))
         self._makers = {"train": train, "test": test}
         self._made: dict[str, TensorData] = {}

@@ -134,6 +134,19 @@ _COSTS: dict[str, str] = {
 }
 _BYTE_UNITS = (("GiB", 1024.0**3), ("MiB", 1024.0**2), ("KiB", 1024.0), ("bytes", 1.0))
 _TIME_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+DIAGNOSIS_FILE = "diagnosis.json"
+"""What :mod:`cl_lab.diagnosis` writes beside ``run.json``."""
+
+_FOUR = {"original": "#0072b2", "forgotten": "#b0b0b0", "recovered": "#009e73", "control": "#e69f00"}
+"""The scores of a diagnosis and their colours."""
+_VERDICTS: dict[str, str] = {
+    "alignment lost": "a few steps brought it back, more than they teach a model that never knew it",
+    "partly": "a few steps brought some of it back",
+    "knowledge lost": "a few steps did not bring it back (ratio below 0.5; where the control is higher, the model by now "
+    "learns worse than an untrained one)",
+    "cannot tell": "it came back, but the same steps teach as much to a model that never knew it (the control)",
+    "kept": "it fell by no more than chance may do",
+}
 _MOST_PANELS = 12
 _NUMBERED_CELLS = 10
 _VECTOR_CELLS = 20
@@ -347,6 +360,21 @@ def write_report(comparison: Mapping[str, Any], folder: Path) -> tuple[Path, Pat
     return folder / "report.html", folder / "report.md"
 
 
+def write_again(run: Path) -> Path:
+    """Write again the report in which the run in folder ``run`` stands: its comparison's, or its own. Returns the page.
+
+    Raises :class:`UserError` where a document is damaged or the folder cannot be written.
+    """
+    place = run if run.parent.name == "runs" else run.resolve()
+    home = place.parent.parent
+    if place.parent.name == "runs" and (home / "comparison.json").is_file():
+        comparison = _document(home / "comparison.json")
+        runs = [r for row in comparison.get("rows") or [] for r in row.get("runs") or []]
+        if any(_run_folder(r, home).resolve() == place.resolve() for r in runs):
+            return write_report(comparison, home)[0]
+    return write_report(from_runs([run]), run)[0]
+
+
 def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
     """A comparison made of run folders and comparison folders, grouped by label.
 
@@ -432,6 +460,26 @@ def rich_table(comparison: Mapping[str, Any]) -> Table:
     if references:
         notes.append("* reference: sees more than a continual learner may.")
     table.caption = Text(" ".join(notes))
+    return table
+
+
+def diagnosis_table(document: Mapping[str, Any]) -> Table:
+    """A diagnosis (``diagnosis.json``) as a table for the terminal."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"{document['label']} on {document['scenario']}, seed {document['seed']}: {_counted(document)}"
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title_justify = table.caption_justify = "left"
+    heads = [h for h in _DIAGNOSIS_HEADS if h != "First half lost within" or _sampled(document)]
+    table.add_column("old task", overflow="fold")
+    for head in heads[1:-1]:
+        table.add_column(head.lower(), justify="right")
+    table.add_column("verdict", no_wrap=True)
+    for name, cells, verdict in _diagnosed_rows(document):
+        table.add_row(Text(name), *map(Text, cells), Text(verdict))
+    table.caption = Text("In per cent. " + _verdicts_note(document))
     return table
 
 
@@ -699,6 +747,7 @@ def _view(comparison: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], 
     leaders = {r.label for r in _leaders(learners)}
     names = _experience_names(rows)
     charts = _draw(shown, names)
+    diagnoses = [_diagnosed(d, n) for n, d in enumerate(_diagnoses(rows, folder), 1)]
     several = any(r.accuracy and r.accuracy.n > 1 for r in rows)
     metrics = [m for m in _MAIN if any(m in r.metrics for r in rows)]
     every = sorted(
@@ -746,6 +795,7 @@ def _view(comparison: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], 
         "charts": charts,
         "tables": [_matrix_table(r, names) for r in shown if _mean_matrix(r)],
         "panels_note": _panels_note(names),
+        "diagnoses": diagnoses,
         "cost_heads": [_COSTS[c] for c in costs],
         "cost_rows": [
             {"label": r.label, "cells": [_cost(r, c) for c in costs], "ratio": _ratio_to_naive(r, learners)}
@@ -760,7 +810,7 @@ def _view(comparison: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], 
         "environment": environment,
         **_reproduction(comparison, settings, environment, folder),
     }
-    return view, [p for group in charts.values() for p in group]
+    return view, [p for group in [*charts.values(), *(d["charts"] for d in diagnoses)] for p in group]
 
 
 def _title(comparison: Mapping[str, Any]) -> str:
@@ -995,6 +1045,197 @@ def _without_password(text: str) -> str:
     return without_password(text)
 
 
+# -- diagnoses -------------------------------------------------------------------------------------------------------
+
+_DIAGNOSIS_HEADS = (
+    "Old task",
+    "Original",
+    "Forgotten",
+    "Recovered",
+    "Control",
+    "Ratio",
+    "Its labels",
+    "Later labels",
+    "Newest task",
+    "First half lost within",
+    "Verdict",
+)
+
+
+def _diagnoses(rows: Sequence[Row], folder: Path) -> list[dict[str, Any]]:
+    """The diagnoses that lie in the folders of the runs. Raises :class:`UserError` for one that is damaged."""
+    found = []
+    for run in (run for row in rows for run in row.runs):
+        path = _run_folder(run, folder) / DIAGNOSIS_FILE
+        if not path.is_file():
+            continue
+        document = _document(path)
+        try:
+            _diagnosed_rows(document)
+            _counted(document)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"'{path}' is damaged ({type(error).__name__}: {error}); run cl-lab diagnose again, or delete it"
+            ) from None
+        found.append({**document, "label": run.get("label"), "seed": run.get("seed")})
+    return found
+
+
+def _diagnosed(document: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """One diagnosis as the page shows it; ``n`` tells its pictures from others'."""
+    tasks, updates = document["tasks"], document["updates"]
+    who = f"{document['label']}, seed {document['seed']}"
+    told = _list([f"{t['name']} " + ", ".join(f"{k} {100 * t[k]:.0f} %" for k in _FOUR) for t in tasks])
+    width = min(6.6, 1.8 + 1.1 * len(tasks))
+    charts = [
+        _picture(
+            f"recovery-{n}",
+            "Accuracy on old tasks, %",
+            f"Bar chart: {told}.",
+            (width, 3.1),
+            partial(_draw_recovery, tasks=tasks),
+        )
+    ]
+    if updates["angles"]:
+        rows, columns = len(updates["layers"]) + 1, len(updates["angles"])
+        whole = ", ".join("none" if v is None else f"{v:.0f}" for v in updates["whole"]["angles"])
+        charts.append(
+            _picture(
+                f"angles-{n}",
+                "Angle between the weight updates of successive tasks, degrees",
+                f"Heat map by layer. Of the whole model: {whole} degrees.",
+                (2.6 + 0.5 * min(columns, 10), 1.2 + 0.24 * min(rows, 40)),
+                partial(_draw_angles, updates=updates),
+            )
+        )
+    sampled = _sampled(document)
+    if sampled:
+        charts.append(
+            _picture(
+                f"first-steps-{n}",
+                "Accuracy on an old task while the next one is learnt, %",
+                "Line chart over the share of the next task's training.",
+                (4.2, 3.1),
+                partial(_draw_first_steps, tasks=sampled),
+            )
+        )
+    return {
+        "who": who,
+        "counted": _counted(document),
+        "heads": [h for h in _DIAGNOSIS_HEADS if h != "First half lost within" or sampled],
+        "rows": [{"name": name, "cells": cells, "verdict": v} for name, cells, v in _diagnosed_rows(document)],
+        "verdicts": _verdicts_note(document),
+        "legend": [
+            {"label": f"{t['index'] + 1}. {t['name']}", "style": _style(i, False), "reference": False}
+            for i, t in enumerate(sampled)
+        ],
+        "charts": charts,
+        "masses": any(t["mass"] for t in tasks),
+    }
+
+
+def _diagnosed_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
+    """Each old task's name, cells between it and the verdict, and verdict."""
+    score, sampled, found = Score(), _sampled(document), []
+    for t in document["tasks"]:
+        cells = [score.number(t[k]) for k in _FOUR]
+        cells.append("–" if t["ratio"] is None else f"{t['ratio']:.2f}".replace("-", "−"))
+        mass = t["mass"]
+        for whose in ("own", "later"):
+            cells.append(
+                "–" if mass is None else f"{score.number(mass['before'][whose])} → {score.number(mass['after'][whose])}"
+            )
+        cells.append(f"{score.number(t['newest']['before'])} → {score.number(t['newest']['after'])}")
+        if sampled:
+            cells.append("–" if t["half_lost_at"] is None else f"{100 * t['half_lost_at']:.1f} %")
+        found.append((f"{t['index'] + 1}. {t['name']}", cells, str(t["verdict"])))
+    return found
+
+
+def _sampled(document: Mapping[str, Any]) -> list[Any]:
+    """The old tasks that were scored while the next one was learnt."""
+    return [t for t in document["tasks"] if t["first_steps"]]
+
+
+def _counted(document: Mapping[str, Any]) -> str:
+    """``of 3 old tasks 2 alignment lost, 1 kept``."""
+    verdicts = [str(t["verdict"]) for t in document["tasks"]]
+    counts = [f"{verdicts.count(v)} {v}" for v in dict.fromkeys([*_VERDICTS, *verdicts]) if v in verdicts]
+    return f"of {_plural(len(verdicts), 'old task')} {', '.join(counts)}"
+
+
+def _verdicts_note(document: Mapping[str, Any]) -> str:
+    met = {str(t["verdict"]) for t in document["tasks"]}
+    note = "; ".join(f"{verdict}: {meaning}" for verdict, meaning in _VERDICTS.items() if verdict in met)
+    return f"{note[:1].upper()}{note[1:]}."
+
+
+def _draw_recovery(axes: Axes, tasks: Sequence[Mapping[str, Any]]) -> None:
+    for i, (name, colour) in enumerate(_FOUR.items()):
+        xs = [k + 0.2 * (i - 1.5) for k in range(len(tasks))]
+        axes.bar(xs, [100 * t[name] for t in tasks], width=0.18, color=colour, label=name)
+    axes.set_xticks(range(len(tasks)), [str(t["index"] + 1) for t in tasks])
+    _score_axis(axes, Score())
+    axes.set_ylim(0, 103)
+    axes.set_xlabel("old task")
+    axes.set_ylabel(Score().axis)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9)
+
+
+def _draw_angles(axes: Axes, updates: Mapping[str, Any]) -> None:
+    """Rows: layers from the input on, then all of them; columns: a task and the next. White is orthogonal."""
+    import numpy as np
+
+    rows = [list(row) for row in zip(*updates["angles"], strict=True)] + [updates["whole"]["angles"]]
+    values = np.array([[math.nan if v is None else v for v in row] for row in rows], dtype=float)
+    height, width = values.shape
+    axes.set_facecolor("#e6e6e6")
+    axes.pcolormesh(
+        np.arange(width + 1) - 0.5,
+        np.arange(height + 1) - 0.5,
+        np.ma.masked_invalid(values),
+        vmin=0,
+        vmax=180,
+        cmap="PuOr",
+        edgecolors="white",
+        linewidth=0.8,
+    )
+    if width <= _NUMBERED_CELLS:
+        for i, j in np.ndindex(height, width):
+            text = "–" if math.isnan(values[i, j]) else f"{values[i, j]:.0f}"
+            dark = abs(values[i, j] - 90) > 55
+            axes.text(j, i, text, ha="center", va="center", fontsize=8, color="#ffffff" if dark else "#222222")
+    axes.invert_yaxis()
+    every = max(1, math.ceil(height / 40))
+    names = [*updates["layers"], "all layers"]
+    axes.set_yticks(range(0, height, every))
+    # Paths of modules are the model's own words: escaped by the drawing, and never read as formulas.
+    axes.set_yticklabels(names[::every], parse_math=False, fontsize=8)
+    step = max(1, math.ceil(width / 10))
+    axes.set_xticks(range(0, width, step), [f"{k + 1}→{k + 2}" for k in range(0, width, step)])
+    axes.tick_params(length=0)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.set_xlabel("tasks")
+
+
+def _draw_first_steps(axes: Axes, tasks: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    for i, t in enumerate(tasks):
+        style = _style(i, False)
+        xs, ys = ([k * point[side] for point in t["first_steps"]] for side, k in ((0, 100.0), (1, 100.0)))
+        axes.plot(xs, ys, color=style.colour, linestyle=style.line, marker=style.marker, markersize=3.5, linewidth=1.3)
+    axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)  # what happens in the first per cents is the question
+    axes.set_xlim(-0.05, 110)
+    ticks = (0, 1, 3, 10, 30, 100)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    _score_axis(axes, Score())
+    axes.set_xlabel("training of the next task, %")
+    axes.set_ylabel(Score().axis)
+
+
 # -- pictures --------------------------------------------------------------------------------------------------------
 
 
@@ -1076,7 +1317,8 @@ def _draw(rows: Sequence[Row], names: Sequence[str]) -> dict[str, list[Picture]]
 def _picture(name: str, caption: str, alt: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> Picture:
     """Draw on fresh axes and keep the SVG twice: as a part of the page, and as a file.
 
-    No text that users provide stands inside the drawing; captions and legends are the page's, which escapes them.
+    No text that users provide stands inside the drawing, but for paths of modules; captions and legends are the page's,
+    which escapes them.
     """
     import io
 

@@ -116,7 +116,8 @@ class Trainer:
     """Runs one stream through one learner and strategy.
 
     ``stop`` is asked at every step and returns the name of a signal that wants the run to end. ``checkpoints`` is the
-    folder for checkpoints, or ``None`` for none.
+    folder for checkpoints, or ``None`` for none; ``weights`` that for the weights after each experience, which
+    ``checkpoint.experiences`` asks for: ``<n>.safetensors`` after n experiences, 0 before any training.
     """
 
     def __init__(
@@ -129,11 +130,13 @@ class Trainer:
         *,
         observer: Observer | None = None,
         checkpoints: Path | None = None,
+        weights: Path | None = None,
         stop: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.stream, self.learner, self.strategy, self.config, self.seed = stream, learner, strategy, config, seed
         self.observer: Observer = observer or Silent()
         self.checkpoints = checkpoints if config.checkpoint.enabled else None
+        self.weights = weights if config.checkpoint.experiences else None
         self.stop = stop
         self.record = Record(stream.score)
         self._position = _Position()
@@ -169,6 +172,7 @@ class Trainer:
         done = self.record.steps
         self.observer.started(done + self._steps_left(), done)
         if not self.record.initial:
+            self._keep_weights(0)
             self.record.initial, self.record.initial_valid = self._score()
             self._probe()
             self.observer.scored(self.record)
@@ -187,6 +191,7 @@ class Trainer:
             self._position = _Position(experience=experience.index + 1)
             if not self.strategy.reference:
                 experience.release()
+            self._keep_weights(experience.index + 1)  # before the checkpoint, which says that they are there
             self._save()
             self.observer.scored(self.record)
         return self.record
@@ -497,6 +502,16 @@ class Trainer:
             )
         self._save_seconds += time.perf_counter() - start
         return path
+
+    def _keep_weights(self, learnt: int) -> None:
+        """Write the weights after ``learnt`` experiences, where they are wanted."""
+        if self.weights is None:
+            return
+        start = time.perf_counter()
+        weights = self.learner.learnt()  # every rank takes part: ZeRO gathers what it has sharded
+        if self.learner.rank == 0:
+            checkpoint.save_weights(self.weights / f"{learnt}.safetensors", weights)
+        self._save_seconds += time.perf_counter() - start
 
     # --- counting -----------------------------------------------------------------------------------------------
 

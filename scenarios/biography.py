@@ -133,9 +133,13 @@ class Biography(Scenario):
             questions = _questions(world, people)
             tested = _questions(world, range(half, self.persons)) if i == 0 else questions
             name = f"task {i}"
-            parts.append(_Parts(name, rows.asked(questions), rows.asked(self._drawn(tested, name))))
+            drawn = self._drawn(len(tested), name)
+            trained = rows.asked(questions)
+            parts.append(
+                _Parts(name, trained, rows.asked([tested[k] for k in drawn.tolist()]), drawn // len(ATTRIBUTES))
+            )
         table = rows.table()
-        prompt = max(part.longest for _, *both in parts for part in both)
+        prompt = max(part.longest for _, train, test, _ in parts for part in (train, test))
         return Stream(
             name=type(self).__name__,
             experiences=tuple(
@@ -145,8 +149,9 @@ class Biography(Scenario):
                     torch.cat([train.y, test.y]).unique().tolist(),
                     partial(train.samples, table, prompt, i),
                     partial(test.samples, table, prompt, i),
+                    groups=people,
                 )
-                for i, (name, train, test) in enumerate(parts)
+                for i, (name, train, test, people) in enumerate(parts)
             ),
             input_shape=(prompt + table.shape[1],),
             n_classes=len(table),
@@ -163,12 +168,13 @@ class Biography(Scenario):
         name = "pretraining"
         read = biographies(world, range(self.persons), self.biographies + 1, self.data_seed)
         begun = [(b.text[: b.asked].rstrip(), b.text[b.asked :]) for *_, b in read]
-        return _Parts(name, rows.told([b.text for own in read for b in own[:-1]]), rows.asked(self._drawn(begun, name)))
+        drawn = self._drawn(len(begun), name)
+        trained = rows.told([b.text for own in read for b in own[:-1]])
+        return _Parts(name, trained, rows.asked([begun[k] for k in drawn.tolist()]), drawn)
 
-    def _drawn(self, rows: list[_Asked], name: str) -> list[_Asked]:
-        """At most ``test_samples`` of ``rows``, in their order."""
-        chosen = permutation(len(rows), self.data_seed, "test", name)[: self.test_samples]
-        return [rows[i] for i in chosen.sort().values.tolist()]
+    def _drawn(self, n: int, name: str) -> Tensor:
+        """At most ``test_samples`` of ``n`` rows, in their order."""
+        return permutation(n, self.data_seed, "test", name)[: self.test_samples].sort().values
 
 
 _Asked = tuple[str, str]
@@ -202,11 +208,12 @@ class _Part(NamedTuple):
 
 
 class _Parts(NamedTuple):
-    """An experience's name and rows."""
+    """An experience's name and rows, and the person, int64 ``[N]``, that each test row asks about."""
 
     name: str
     train: _Part
     test: _Part
+    people: Tensor
 
 
 class _Rows:

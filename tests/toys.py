@@ -179,6 +179,7 @@ def trainer(
     *,
     seed: int = 0,
     checkpoints: Path | None = None,
+    weights: Path | None = None,
     observer: Observer | None = None,
     stop: Callable[[], str | None] = lambda: None,
     chain: type[Chain] = Chain,
@@ -191,7 +192,7 @@ def trainer(
     seeding.seed_everything(seeding.derive(seed, "model"))
     spec = registry.create("models", {"name": c.model.name, **c.model.knobs}, "model")
     learner = EngineLearner(made.prepare(spec.build(on), on), on, c.training, c.engine, seed)
-    return Trainer(on, learner, made, c, seed, observer=observer, checkpoints=checkpoints, stop=stop)
+    return Trainer(on, learner, made, c, seed, observer=observer, checkpoints=checkpoints, weights=weights, stop=stop)
 
 
 def at_newest(made: Trainer) -> Trainer:

@@ -245,3 +245,28 @@ def test_light_commands_do_not_load_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_diagnose(cl_lab: CommandLine, write_config: Callable[..., str]) -> None:
+    config = write_config("strategies: [naive, {name: replay, memory: 50}]", checkpoint="{experiences: true}")
+    cl_lab("compare", config, "--out", "cmp")
+    document = cl_lab.json("diagnose", "cmp/runs/naive-seed0", "--steps", "12", "--lr", "0.2")
+    assert [t["index"] for t in document["tasks"]] == [0, 1, 2, 3]
+    assert all((t["steps"], t["lr"]) == (12, 0.2) for t in document["tasks"])
+    assert document["report"] == "cmp/report.html", "the page in which the run stands"
+    assert "naive, seed 0: of 4 old tasks" in (cl_lab.folder / "cmp" / "report.html").read_text()
+    saved = json.loads((cl_lab.folder / "cmp" / "runs" / "naive-seed0" / "diagnosis.json").read_text())
+    assert saved == {k: v for k, v in document.items() if k != "report"}
+
+    done = cl_lab("diagnose", "cmp/runs/replay-seed0", "--steps", "2")
+    assert "verdict" in done.stdout
+    assert "report: cmp/report.html" in done.stdout
+    assert done.stderr.count("recovery: ") == 4, "a line for each old task on a pipe"
+    page = (cl_lab.folder / "cmp" / "report.html").read_text()
+    assert "naive, seed 0: of 4 old tasks" in page
+    assert "replay, seed 0: of 4 old tasks" in page
+
+    assert "holds a comparison; name one of its runs" in cl_lab.error("diagnose", "cmp")
+    assert "holds no run" in cl_lab.error("diagnose", "nowhere")
+    assert "steps = 0" in cl_lab.error("diagnose", "cmp/runs/naive-seed0", "--steps", "0")
