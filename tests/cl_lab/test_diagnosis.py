@@ -138,7 +138,7 @@ def test_scores_are_the_runs_own_and_nothing_else_is_touched(tmp_path: Path) -> 
 
 def test_steps_and_settings(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    ran(folder, training={"epochs": 30, "first": {"epochs": 40, "lr": 0.2}})  # 6 steps in an epoch
+    ran(folder, training={"epochs": 5, "first": {"epochs": 20, "lr": 0.2}})  # 6 steps in an epoch
     told: list[Any] = []
 
     class Heard:
@@ -152,9 +152,9 @@ def test_steps_and_settings(tmp_path: Path) -> None:
             told.append(text)
 
     found = diagnosis.diagnose(folder, observer=Heard())["tasks"][0]
-    assert (found["steps"], found["lr"]) == (24, 0.2), "a tenth of its steps, as it was trained"
-    assert told[0] == (48, 0)
-    assert told[1:-1] == [*range(1, 25)] * 2
+    assert (found["steps"], found["lr"]) == (12, 0.2), "a tenth of its steps, as it was trained"
+    assert told[0] == (24, 0)
+    assert told[1:-1] == [*range(1, 13)] * 2
     assert "toy 0: original" in told[-1]
     assert not found["memorised"]
     assert found["rows"] == {"a": 60, "b": 40}
@@ -320,7 +320,7 @@ def test_weights_are_kept_where_they_are_asked_for(tmp_path: Path) -> None:
 def test_texts(adapt: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     model = {"name": "causal-lm", "weights": "tiny", "adapt": adapt, "lora_targets": ["*_proj"]}
-    toy = {"experiences": 3, "form": "texts"}
+    toy = {"experiences": 3, "form": "texts", "train": 30, "test": 20}
     run = ran(folder, toy=toy, model=model, training={"lr": 0.01, "optimizer": "adamw"})
     kept = checkpoint.load_weights(folder / "weights" / "0.safetensors")
     assert all("lora" in name for name in kept) == (adapt == "lora"), "of adapters, these alone"
