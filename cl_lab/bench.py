@@ -44,6 +44,7 @@ from torch.func import functional_call, grad, vmap
 
 from cl_lab import registry, seeding
 from cl_lab.chain import Chain
+from cl_lab.compat import use_freed_memory_again
 from cl_lab.config import RunConfig, parse
 from cl_lab.errors import ConfigError, DataError, PluginError, UserError, nearest
 from cl_lab.learner import EngineLearner
@@ -160,6 +161,7 @@ def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]
     if name == "startup":
         return [_startup(words, repeats) for words in COMMANDS]
     before = torch.get_num_threads()
+    use_freed_memory_again()
     rows = []
     try:
         if name == "prefix":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_lab import environment, registry
+from cl_lab.compat import use_freed_memory_again
 from cl_lab.config import EngineConfig, PluginConfig, RunConfig, StrategyConfig, dump, label_of, parse
 from cl_lab.errors import ConfigError, Interrupted, UserError
 from cl_lab.launch import is_rank, run_ranks, stop_on_signals, world_size
@@ -253,6 +254,7 @@ class _Run:
 
         c = self.config
         torch.set_num_threads(environment.threads_for(c.engine.processes, c.engine.threads))
+        use_freed_memory_again()
         stream = stream_of(c.scenario, c.seed)
         if stream.online and c.training.iterations is None and c.training.epochs > 1:
             raise ConfigError(
