@@ -13,7 +13,8 @@ import resource, sys, torch
 if sys.argv[1:] == ["cured"]:
     from cl_lab.compat import use_freed_memory_again
     use_freed_memory_again()
-torch.ones(2**24)  # 64 MB
+for _ in range(20):  # small things settle in between at first
+    torch.ones(2**24)  # 64 MB
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     torch.ones(2**24)
@@ -22,7 +23,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(*arguments: str) -> int:
-    """Pages that the system handed out for ten tensors of 64 MB, one after another, in a process of its own."""
+    """Pages that the system handed out for ten more tensors of 64 MB, one after another, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", _FAULTS, *arguments], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
