@@ -474,11 +474,11 @@ def diagnosis_table(document: Mapping[str, Any]) -> Table:
     table.title_justify = table.caption_justify = "left"
     heads = [h for h in _DIAGNOSIS_HEADS if h != "First half lost within" or _sampled(document)]
     table.add_column("old task", overflow="fold")
-    for head in heads[1:-1]:
-        table.add_column(head.lower(), justify="right")
     table.add_column("verdict", no_wrap=True)
+    for head in heads[2:]:
+        table.add_column(head.lower(), justify="right")
     for name, cells, verdict in _diagnosed_rows(document):
-        table.add_row(Text(name), *map(Text, cells), Text(verdict))
+        table.add_row(Text(name), Text(verdict), *map(Text, cells))
     table.caption = Text("In per cent. " + _verdicts_note(document))
     return table
 
@@ -1049,6 +1049,7 @@ def _without_password(text: str) -> str:
 
 _DIAGNOSIS_HEADS = (
     "Old task",
+    "Verdict",
     "Original",
     "Forgotten",
     "Recovered",
@@ -1058,7 +1059,6 @@ _DIAGNOSIS_HEADS = (
     "Later labels",
     "Newest task",
     "First half lost within",
-    "Verdict",
 )
 
 
@@ -1135,7 +1135,7 @@ def _diagnosed(document: Mapping[str, Any], n: int) -> dict[str, Any]:
 
 
 def _diagnosed_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
-    """Each old task's name, cells between it and the verdict, and verdict."""
+    """Each old task's name, the cells behind its verdict, and that verdict."""
     score, sampled, found = Score(), _sampled(document), []
     for t in document["tasks"]:
         cells = [score.number(t[k]) for k in _FOUR]
