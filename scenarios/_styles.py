@@ -57,7 +57,7 @@ def restyle(
         wrong = [label for label in labels if label != right]
         wrong = [wrong[i] for i in torch.randperm(len(wrong), generator=rng).tolist()]
         if style == "yes-no":
-            true = place // len(STYLES) % 2 == 0
+            true = not wrong or place // len(STYLES) % 2 == 0
             after = f'\nIs the answer "{right if true else wrong[0]}"? Reply with yes or no.'
             before, answer = head, "yes" if true else "no"
         elif style == "choice":

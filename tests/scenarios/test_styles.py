@@ -89,6 +89,11 @@ def made(seed: int = 0, **settings: Any) -> Stream:
     return scenario.stream(seed)
 
 
+def test_the_only_label_is_never_asked_for_as_a_wrong_one() -> None:
+    made = restyle(["World"] * 40, ["World"], "", 1.0, 7, "news")
+    assert {row.answer for row in made if row.style == "yes-no"} == {"yes"}
+
+
 def test_a_share_of_the_training_rows_is_in_other_styles(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="cl_lab"):
         mixed = made(style_mix=0.2, max_prompt=200)
