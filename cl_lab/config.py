@@ -218,7 +218,9 @@ class EngineConfig(_Strict):
     processes: int = Field(1, ge=1, description="ranks started on this machine")
     zero: int = Field(0, ge=0, le=3, description="DeepSpeed ZeRO stage")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of forward and backward")
-    threads: int | None = Field(None, ge=1, description="CPU threads per process; default cores // processes")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads per process; default cores // processes, or OMP_NUM_THREADS if fewer"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
 
     @model_validator(mode="after")

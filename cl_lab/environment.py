@@ -37,8 +37,12 @@ def cores() -> int:
 
 
 def threads_for(processes: int, asked: int | None = None) -> int:
-    """CPU threads for each of ``processes``: more than cores // processes and they wait for each other, spinning."""
-    return asked or max(1, cores() // processes)
+    """CPU threads for each of ``processes``: more than cores // processes and they wait for each other, spinning.
+
+    ``OMP_NUM_THREADS`` lowers it, as it does for every program on torch; ``asked`` goes before both.
+    """
+    own = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return asked or max(1, min(cores() // processes, int(own) if own.isdecimal() and int(own) else cores()))
 
 
 @cache
