@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+from collections.abc import Callable
 
 _SHARED_MEMORY = "deepspeed_shm_comm"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt's settings, from malloc.h
@@ -56,10 +57,21 @@ def import_torchvision() -> None:
 
 def use_freed_memory_again() -> None:
     """Keep what tensors have freed for the next ones, up to 2 GB; does nothing where the C library is not glibc."""
-    allocator = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if allocator is not None:
-        allocator(_MMAP_THRESHOLD, 2**30)
-        allocator(_TRIM_THRESHOLD, 2**31 - 1)
+    setting = _of_glibc("mallopt")
+    if setting is not None:
+        setting(_MMAP_THRESHOLD, 2**30)
+        setting(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_freed_memory_back() -> None:
+    """Return to the system what is kept for use again, so that the next run is not charged for it."""
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def compile_nothing_for_deepspeed() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from cl_lab import checkpoint, seeding
 from cl_lab.augmentation import crop_flip, transformed_batches
 from cl_lab.chain import Chain
+from cl_lab.compat import give_freed_memory_back
 from cl_lab.config import RunConfig, TrainingConfig
 from cl_lab.drift import make_probes
 from cl_lab.errors import ConfigError, Interrupted, TrainingError
@@ -548,6 +549,7 @@ def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    give_freed_memory_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident set's high-water mark
     except OSError as error:
