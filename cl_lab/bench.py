@@ -10,8 +10,9 @@
 - *bare*: a hand-written torch loop that does the same arithmetic on float32 tensors that were scaled beforehand.
 
 *prefix* fine-tunes a language model whose lower layers are frozen, running them every time and keeping what they make
-(``freeze`` with ``cache``); *remind* streams pictures one at a time to a frozen network's last block, and says where the
-time of each goes; *fisher* is EWC's work after an experience, *startup* the time to a command's first word.
+(``freeze`` with ``cache``), *precision* the same model in single precision and in bf16; *remind* streams pictures one at a
+time to a frozen network's last block, and says where the time of each goes; *fisher* is EWC's work after an experience,
+*startup* the time to a command's first word.
 
 All count training alone: every optimiser step, what a strategy does between experiences (Fisher, memory), nothing of
 making data, model and optimiser, and no evaluation. Accuracies are means over the test sets after the last experience.
@@ -127,8 +128,10 @@ VMAP_SAMPLES = 1200
 """vmap runs on this many samples, and its time is scaled up linearly."""
 _VMAP_CHUNK = 16  # the fastest of 4 to 128: what fits the cache
 
-PREFIX = {"weights": "smollm2-135m", "layers": 20, "texts": 64, "tokens": 96, "batch_size": 16}
-"""The language model of *prefix*, its frozen layers, and the texts it learns: this many, of half to all of ``tokens``."""
+TEXTS: dict[str, Any] = {"weights": "smollm2-135m", "texts": 64, "tokens": 96, "batch_size": 16}
+"""The language model of *prefix* and *precision*, and the texts it learns: this many, of half to all of ``tokens``."""
+FROZEN = 20
+"""Its lower layers that *prefix* does not train."""
 
 REMIND: dict[str, Any] = {
     "model": {"name": "efficientnet-lite0", "weights": "random", "resolution": 128},
@@ -153,7 +156,7 @@ def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]
 
     Times are medians over ``repeats``. Raises :class:`ConfigError` for an unknown name or a thread count below 1.
     """
-    known = [*WORKLOADS, "fisher", "prefix", "remind", "startup"]
+    known = [*WORKLOADS, "fisher", "precision", "prefix", "remind", "startup"]
     if name not in known:
         raise ConfigError(f"bench: unknown benchmark '{name}'{nearest(name, known)}")
     if any(n < 1 for n in threads):
@@ -164,10 +167,10 @@ def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]
     use_freed_memory_again()
     rows = []
     try:
-        if name == "prefix":
+        if name in ("prefix", "precision"):
             for n in threads:
                 torch.set_num_threads(n)
-                rows.append(_prefix(n, repeats))
+                rows.append((_prefix if name == "prefix" else _precision)(n, repeats))
         elif name == "remind":
             for n in threads:
                 torch.set_num_threads(n)
@@ -536,40 +539,55 @@ class _Epochs(Silent):
 
 def _prefix(threads: int, repeats: int) -> dict[str, Any]:
     """LoRA above frozen layers: seconds of the first epoch and, as a median, of later ones, with and without the cache."""
-    work: dict[str, Any] = PREFIX
-    texts, size = work["texts"], work["batch_size"]
-    row: dict[str, Any] = {"model": work["weights"], "frozen_layers": work["layers"], "threads": threads}
+    row: dict[str, Any] = {"model": TEXTS["weights"], "frozen_layers": FROZEN, "threads": threads}
     losses = {}
-    for cache in ("none", "memory"):
-        freeze = {"name": "freeze", "layers": work["layers"], "from_experience": 0, "cache": cache}
-        config = parse(
-            {
-                "scenario": {"name": "made-up"},
-                "model": {"name": "causal-lm", "weights": work["weights"]},
-                "strategy": freeze,
-                "training": {"epochs": 1 + repeats, "batch_size": size, "lr": 1e-3, "optimizer": "adamw"},
-                "engine": {"device": "cpu"},
-                "checkpoint": {"enabled": False},
-                "tracking": {"uri": None},
-                "seed": SEED,
-            },
-            "bench",
-        )
-        stream = _made_up_texts(texts, work["tokens"])
-        seeding.seed_everything(SEED)
-        model = registry.create("models", {"name": "causal-lm", "weights": work["weights"]}, "model").build(stream)
-        link = registry.create("strategies", freeze, "strategy")
-        chain, observer = Chain([link], ["freeze"], stream), _Epochs(math.ceil(texts / size))
-        learner = EngineLearner(chain.prepare(model, stream), stream, config.training, config.engine, SEED)
-        start = time.perf_counter()
-        record = Trainer(stream, learner, chain, config, SEED, observer=observer).run()
-        took = [b - a for a, b in itertools.pairwise([start, *observer.ends])]
-        label = "kept" if cache == "memory" else "run"
+    for label, cache in (("run", "none"), ("kept", "memory")):
+        freeze = {"name": "freeze", "layers": FROZEN, "from_experience": 0, "cache": cache}
+        took, losses[label] = _learn_texts(freeze, 1 + repeats)
         row |= {f"{label}_first_s": took[0], f"{label}_later_s": statistics.median(took[1:])}
-        losses[cache] = record.losses[-1]["loss"]
     row["speedup_later"] = row["run_later_s"] / row["kept_later_s"]
-    row |= {"loss_run": losses["none"], "loss_kept": losses["memory"], "texts": texts, "repeats": repeats}
+    row |= {"loss_run": losses["run"], "loss_kept": losses["kept"], "texts": TEXTS["texts"], "repeats": repeats}
     return row
+
+
+def _precision(threads: int, repeats: int) -> dict[str, Any]:
+    """LoRA in single precision and in bf16: the median seconds of a step, over epochs after the first, and the last loss."""
+    row: dict[str, Any] = {"model": TEXTS["weights"], "threads": threads}
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        took, losses[precision] = _learn_texts({"name": "naive"}, 1 + repeats, precision)
+        row[f"{precision}_step_s"] = statistics.median(took[1:]) * TEXTS["batch_size"] / TEXTS["texts"]
+    row["speedup"] = row["fp32_step_s"] / row["bf16_step_s"]
+    row |= {f"loss_{precision}": loss for precision, loss in losses.items()}
+    return row | {"texts": TEXTS["texts"], "batch_size": TEXTS["batch_size"], "repeats": repeats}
+
+
+def _learn_texts(strategy: Mapping[str, Any], epochs: int, precision: str = "fp32") -> tuple[list[float], float]:
+    """Fine-tune the language model of :data:`TEXTS` with LoRA: the seconds of each epoch, and the last loss."""
+    model: dict[str, Any] = {"name": "causal-lm", "weights": TEXTS["weights"]}
+    config = parse(
+        {
+            "scenario": {"name": "made-up"},
+            "model": model,
+            "strategy": dict(strategy),
+            "training": {"epochs": epochs, "batch_size": TEXTS["batch_size"], "lr": 1e-3, "optimizer": "adamw"},
+            "engine": {"device": "cpu", "precision": precision},
+            "checkpoint": {"enabled": False},
+            "tracking": {"uri": None},
+            "seed": SEED,
+        },
+        "bench",
+    )
+    stream = _made_up_texts(TEXTS["texts"], TEXTS["tokens"])
+    seeding.seed_everything(SEED)
+    built = registry.create("models", model, "model").build(stream)
+    link = registry.create("strategies", strategy, "strategy")
+    chain = Chain([link], [str(strategy["name"])], stream)
+    observer = _Epochs(math.ceil(TEXTS["texts"] / TEXTS["batch_size"]))
+    learner = EngineLearner(chain.prepare(built, stream), stream, config.training, config.engine, SEED)
+    start = time.perf_counter()
+    record = Trainer(stream, learner, chain, config, SEED, observer=observer).run()
+    return [b - a for a, b in itertools.pairwise([start, *observer.ends])], float(record.losses[-1]["loss"])
 
 
 def _made_up_texts(texts: int, tokens: int) -> Stream:

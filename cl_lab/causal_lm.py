@@ -107,6 +107,7 @@ class CausalBackbone(Backbone):
 
     def _said(self, h: Tensor, mask: Tensor, first: int, t: Tensor | None = None) -> Tensor:
         """The last stages, on the columns that matter: prompts from the first token on, answers but for their last."""
+        decoder: Any = self.model
         (prompt, answers), (read, given) = (v.tensor_split((self._prompt,), 1) for v in (h, mask))
         answers, given = (v.unflatten(1, (-1, self._answer)) for v in (answers, given))
         m, start = given.shape[1], int(read.any(0).int().argmax())
@@ -116,7 +117,7 @@ class CausalBackbone(Backbone):
         )
         p = self._prompt - start
         if self.prefix is not None:
-            h = self.model.get_input_embeddings()(h.clamp(min=0).long())  # type: ignore[operator]
+            h = decoder.get_input_embeddings()(h.clamp(min=0).long())
             soft, there = self.prefix(h[:, :p], mask[:, :p], t)
             h, mask = torch.cat([soft.to(h.dtype), h], 1), torch.cat([there, mask], 1)
             p, first = p + soft.shape[1], 1

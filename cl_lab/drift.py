@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,16 +108,6 @@ def make_probes(stream: Stream, probe_text: str | None = None) -> Probes:
     return Probes(
         TensorData(x, none, none), said, of, len(texts), tuple((topic, len(options)) for topic, _, options in asked)
     )
-
-
-def flat(results: Mapping[str, Any]) -> dict[str, float]:
-    """What :meth:`Probes.results` gave as single numbers: ``perplexity``, ``general`` (the mean), ``general_capitals``, …"""
-    general = results["general"]
-    return {
-        "perplexity": results["perplexity"],
-        "general": sum(general.values()) / len(general),
-        **{f"general_{topic}": share for topic, share in general.items()},
-    }
 
 
 def _windows(rows: Sequence[tuple[list[int], list[int]]], prompt: int, answer: int) -> tuple[Tensor, Tensor, Tensor]:

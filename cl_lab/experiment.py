@@ -321,8 +321,6 @@ class _Run:
             self.observer.stepped(experience, step, loss)
 
     def scored(self, record: Any) -> None:
-        from cl_lab.drift import flat
-
         if not self.leader:
             return
         self._note(record)
@@ -332,7 +330,7 @@ class _Run:
         if self.tracker is not None:
             rows = len(record.matrix)
             if record.drift:
-                self.tracker.log_metrics({f"drift/{k}": v for k, v in flat(record.drift[-1]).items()}, step=rows)
+                self.tracker.log_drift(record.drift[-1], rows)
             if rows:
                 self.tracker.log_row(rows - 1, record.matrix[-1], self.document["score"])
                 if record.measures and record.measures[-1]:

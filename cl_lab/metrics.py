@@ -98,14 +98,7 @@ def general_ability_delta(general: npt.ArrayLike) -> float:
     "General Ability Delta". ``general`` is ``[n, M]``: row 0 before training, the last row now. Raises
     :class:`ValueError` where it is empty, ragged, or holds an entry that is not a finite number.
     """
-    try:
-        G = np.asarray(general, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError("general: rows must be equally long lists of numbers") from None
-    if G.ndim != 2 or G.size == 0:
-        raise ValueError(f"general of shape {list(G.shape)}: needs [n, M] with at least one row and one set")
-    if not np.isfinite(G).all():
-        raise ValueError("general: every entry must be a finite number")
+    G = _table(general, "general", "needs [n, M] with at least one row and one set", "G")
     return _mean(G[-1] - G[0])
 
 
@@ -398,19 +391,25 @@ def _ratio(value: float, ideal: float) -> float:
 
 
 def _full(matrix: npt.ArrayLike) -> Array:
-    try:
-        R = np.asarray(matrix, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError("score matrix: rows must be equally long lists of numbers") from None
-    if R.ndim != 2 or R.size == 0:
-        raise ValueError(f"score matrix of shape {list(R.shape)}: needs [k, T] with at least one row and one column")
+    R = _table(matrix, "score matrix", "needs [k, T] with at least one row and one column", "R")
     if R.shape[0] > R.shape[1]:
         raise ValueError(f"score matrix of shape {list(R.shape)}: has more rows than experiences (columns)")
-    bad = np.argwhere(~np.isfinite(R))
+    return R
+
+
+def _table(values: npt.ArrayLike, name: str, needs: str, letter: str) -> Array:
+    """``values`` as a float64 table, neither empty nor ragged nor holding what is not finite, or an error that says so."""
+    try:
+        table = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: rows must be equally long lists of numbers") from None
+    if table.ndim != 2 or table.size == 0:
+        raise ValueError(f"{name} of shape {list(table.shape)}: {needs}")
+    bad = np.argwhere(~np.isfinite(table))
     if len(bad):
         i, j = (int(v) for v in bad[0])
-        raise ValueError(f"score matrix: R[{i}][{j}] is {R[i, j]}; every entry must be a finite number")
-    return R
+        raise ValueError(f"{name}: {letter}[{i}][{j}] is {table[i, j]}; every entry must be a finite number")
+    return table
 
 
 def _learnt(matrix: npt.ArrayLike) -> Array:

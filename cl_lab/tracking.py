@@ -169,6 +169,10 @@ class Tracker:
         self.log_metrics({f"{key}/exp_{j}": value for j, value in enumerate(row)}, step=experience)
         self.flush()
 
+    def log_drift(self, results: Mapping[str, Any], step: int) -> None:
+        """Log what the drift probes found after ``step`` experiences: ``drift/perplexity``, ``drift/general`` and so on."""
+        self.log_metrics(drift_numbers(results), step=step)
+
     def flush(self) -> None:
         """Send what is waiting."""
         with self._lock:
@@ -457,6 +461,16 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, without_password(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
+def drift_numbers(results: Mapping[str, Any]) -> dict[str, float]:
+    """What the drift probes found, as MLflow's numbers: the perplexity, the share of each topic, and their mean."""
+    general: Mapping[str, float] = results["general"]
+    return {
+        "drift/perplexity": results["perplexity"],
+        "drift/general": sum(general.values()) / len(general),
+        **{f"drift/general_{topic}": share for topic, share in general.items()},
+    }
+
+
 # -- what a folder says, as MLflow's points and tags -----------------------------------------------------------------
 
 
@@ -481,10 +495,7 @@ def _points_of_run(run: Mapping[str, Any]) -> Iterator[tuple[str, float, int, in
     for i, measures in enumerate(run.get("measures") or []):
         rows += [(name, v, i) for name, v in measures.items()]
     for i, drift in enumerate(run.get("drift") or []):  # the first is that before training
-        general = drift.get("general") or {}
-        rows.append(("drift/perplexity", drift.get("perplexity"), i))
-        rows += [(f"drift/general_{topic}", v, i) for topic, v in general.items()]
-        rows += [("drift/general", sum(general.values()) / len(general), i)] if general else []
+        rows += [(name, v, i) for name, v in drift_numbers(drift).items()]
     for point in run.get("losses") or []:
         rows.append(("loss", point.get("loss"), point.get("step", 0)))
     for point in run.get("anytime") or []:

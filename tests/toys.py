@@ -222,3 +222,12 @@ def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
     """Names whose tensors are not the same, bit for bit."""
     assert a.keys() == b.keys()
     return [n for n in a if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n])]
+
+
+def assert_same(one: Trainer, two: Trainer) -> None:
+    """Two runs came out the same, bit for bit: scores, losses, measures, weights, and what the strategies hold."""
+    assert one.record.matrix == two.record.matrix
+    assert one.record.losses == two.record.losses
+    assert one.record.measures == two.record.measures
+    assert not differing(weights_of(one), weights_of(two))
+    assert checkpoint.equal(one.strategy.state_dict(), two.strategy.state_dict())

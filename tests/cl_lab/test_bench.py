@@ -122,13 +122,24 @@ def test_unknown_names_and_threads_are_refused() -> None:
         bench.run("loop", [0], 1)
 
 
+SMALL_TEXTS = {"weights": "tiny", "texts": 20, "tokens": 8, "batch_size": 6}
+
+
 def test_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"weights": "tiny", "layers": 1, "texts": 20, "tokens": 8, "batch_size": 6}
-    monkeypatch.setattr(bench, "PREFIX", small)
+    monkeypatch.setattr(bench, "TEXTS", SMALL_TEXTS)
+    monkeypatch.setattr(bench, "FROZEN", 1)
     (row,) = bench.run("prefix", [1], 2)
     assert row["loss_kept"] == pytest.approx(row["loss_run"], rel=1e-4)
     assert all(row[f"{way}_{epoch}_s"] > 0 for way in ("run", "kept") for epoch in ("first", "later"))
     assert row["speedup_later"] == pytest.approx(row["run_later_s"] / row["kept_later_s"])
+
+
+def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "TEXTS", SMALL_TEXTS)
+    (row,) = bench.run("precision", [1], 2)
+    assert row["loss_bf16"] == pytest.approx(row["loss_fp32"], rel=0.02)
+    assert row["loss_bf16"] != row["loss_fp32"], "the setting did something"
+    assert row["speedup"] == pytest.approx(row["fp32_step_s"] / row["bf16_step_s"])
 
 
 def test_remind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from cl_lab import experiment, hub
 from cl_lab.config import parse
-from cl_lab.drift import Probes, flat, make_probes
+from cl_lab.drift import Probes, make_probes
 from cl_lab.errors import ConfigError, DataError, UserError
 from cl_lab.probe_texts import PARAGRAPHS, QUESTIONS
 from cl_lab.records import PAD, Batch, Stream
+from cl_lab.tracking import drift_numbers
 from scenarios.biography import Biography
 from scenarios.text_stream import TextStream
 
@@ -116,11 +117,11 @@ def test_right_is_what_is_likelier_than_every_other() -> None:
     assert tie["general"] == {"a": 0.0}
     far = probes.results(torch.tensor([-1e9, -2.0, -3.0, -1.0, -2.0], dtype=torch.float64))
     assert math.isfinite(far["perplexity"])
-    assert flat({"perplexity": 2.0, "general": {"a": 0.5, "b": 1.0}}) == {
-        "perplexity": 2.0,
-        "general": 0.75,
-        "general_a": 0.5,
-        "general_b": 1.0,
+    assert drift_numbers({"perplexity": 2.0, "general": {"a": 0.5, "b": 1.0}}) == {
+        "drift/perplexity": 2.0,
+        "drift/general": 0.75,
+        "drift/general_a": 0.5,
+        "drift/general_b": 1.0,
     }
 
 
@@ -191,7 +192,7 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path, engine: dict[str, Any])
     together = run(tmp_path / "together", processes=2, threads=1, **engine)["drift"]
     for one, two in zip(alone, together, strict=True):
         assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
-        assert flat(two)["general"] == pytest.approx(flat(one)["general"], abs=0.026)
+        assert drift_numbers(two)["drift/general"] == pytest.approx(drift_numbers(one)["drift/general"], abs=0.026)
 
 
 def test_the_document_and_the_report_tell_it(tmp_path: Path) -> None:

@@ -38,14 +38,6 @@ def run(name: str, **sections: Any) -> Trainer:
     return made
 
 
-def same(one: Trainer, two: Trainer) -> None:
-    assert one.record.matrix == two.record.matrix
-    assert one.record.losses == two.record.losses
-    assert one.record.measures == two.record.measures
-    assert not toys.differing(toys.weights_of(one), toys.weights_of(two))
-    assert checkpoint.equal(one.strategy.state_dict(), two.strategy.state_dict())
-
-
 @every
 def test_learns_the_toy_texts(name: str) -> None:
     matrix = run(name, training=TRAINING).record.matrix
@@ -55,7 +47,7 @@ def test_learns_the_toy_texts(name: str) -> None:
 @pytest.mark.parametrize("name", [*NAMES, *OTHERS])
 def test_same_seed_same_run(name: str) -> None:
     one, two, other = (run(name, seed=seed, training={"epochs": 1}) for seed in (5, 5, 6))
-    same(one, two)
+    toys.assert_same(one, two)
     assert toys.differing(toys.weights_of(one), toys.weights_of(other))
 
 
@@ -93,7 +85,7 @@ def test_stopped_and_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> 
         toys.stopped_at(at, resumed())
     trainer = resumed()
     trainer.run()
-    same(trainer, whole)
+    toys.assert_same(trainer, whole)
 
 
 @every

@@ -210,18 +210,10 @@ def test_learns_what_a_frozen_model_can_be_asked_for(link: dict[str, Any]) -> No
         assert matrix[2][1] == matrix[1][1]
 
 
-def same(one: Trainer, two: Trainer) -> None:
-    assert one.record.matrix == two.record.matrix
-    assert one.record.losses == two.record.losses
-    assert one.record.measures == two.record.measures
-    assert not toys.differing(toys.weights_of(one), toys.weights_of(two))
-    assert checkpoint.equal(one.strategy.state_dict(), two.strategy.state_dict())
-
-
 @every
 def test_same_seed_same_run(link: dict[str, Any]) -> None:
     one, two, other = (run([link], seed=seed) for seed in (5, 5, 6))
-    same(one, two)
+    toys.assert_same(one, two)
     assert toys.differing(toys.weights_of(one), toys.weights_of(other))
 
 
@@ -272,7 +264,7 @@ def test_stopped_and_resumed_equals_uninterrupted(link: dict[str, Any], replayed
         toys.stopped_at(at, toys.at_newest(made(links, checkpoints=tmp_path, **hard)))
     last = toys.at_newest(made(links, checkpoints=tmp_path, **hard))
     last.run()
-    same(whole, last)
+    toys.assert_same(whole, last)
 
 
 @every

@@ -119,7 +119,7 @@ def test_a_pretrained_lower_part_never_moves() -> None:
     assert sum(record.matrix[-1]) / 3 > 0.9
 
 
-def test_each_sample_passes_the_frozen_layers_once() -> None:
+def test_each_sample_passes_the_frozen_layers_once(monkeypatch: pytest.MonkeyPatch) -> None:
     on = toys.stream(form="images")
     trainer = trainer_of(on, base="pretrained", sections={"training": {"epochs": 4}})
     link = link_of(trainer)
@@ -130,7 +130,7 @@ def test_each_sample_passes_the_frozen_layers_once() -> None:
         met.append(len(data))
         return latents(data, learner)
 
-    link._latents = count  # type: ignore[method-assign]
+    monkeypatch.setattr(link, "_latents", count)
     trainer.run()
     samples = 3 * (60 + 40)
     looks = (
@@ -262,13 +262,13 @@ def test_an_unmixed_step_replays_what_is_remembered() -> None:
 # -- warnings and errors ---------------------------------------------------------------------------------------------
 
 
-def test_drift_from_the_codebooks_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+def test_drift_from_the_codebooks_is_noticed(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     on = toys.stream(form="images")
     far = on.experiences[2]
     far._makers["train"] = lambda: far_away(on)
     with caplog.at_level(logging.WARNING, logger="cl_lab"):
         trainer = trainer_of(on, base="pretrained", drift=1.01)
-        passed = counted_rows(link_of(trainer))
+        passed = counted_rows(link_of(trainer), monkeypatch)
         trainer.run()
     assert passed.count(len(on.experiences[2].train)) == 3, "a sample passes the frozen layers once, measured or not"
     assert any(
@@ -282,7 +282,7 @@ def test_drift_from_the_codebooks_is_noticed(caplog: pytest.LogCaptureFixture) -
     assert link._errors[2] == pytest.approx(link._quantizer.error(vectors), rel=1e-5)
 
 
-def counted_rows(link: Remind) -> list[int]:
+def counted_rows(link: Remind, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Will hold how many rows each call of the frozen layers had."""
     rows: list[int] = []
     latents = link._latents
@@ -291,7 +291,7 @@ def counted_rows(link: Remind) -> list[int]:
         rows.append(len(data))
         return latents(data, learner)
 
-    link._latents = count  # type: ignore[method-assign]
+    monkeypatch.setattr(link, "_latents", count)
     return rows
 
 
