@@ -328,6 +328,90 @@ def bench(
     _console().print(table)
 
 
+edit = typer.Typer(help="Correct facts in a language model.", no_args_is_help=True)
+app.add_typer(edit, name="edit")
+
+
+@edit.command("score")
+def edit_score(
+    facts: Annotated[
+        Path, typer.Argument(help="Facts to edit in: JSONL, JSON or CSV with prompt and answer, or a published set.")
+    ],
+    settings: Annotated[list[str] | None, typer.Argument(help="The editor's knobs, for example steps=20.")] = None,
+    model: Annotated[str, typer.Option(help="Fetched model, local folder, GGUF file or hub id.")] = "smollm2-135m",
+    editor: Annotated[str, typer.Option(help="Who edits (cl-lab list editors).")] = "wise",
+    out: Annotated[Path | None, typer.Option(help="Output folder; default runs/edits-<editor>-<facts>.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Edits that share a patch.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many facts.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask as a user's turns.")] = False,
+    free: Annotated[bool, typer.Option("--free/--no-free", help="Also let the model write its answers.")] = True,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be read.")] = False,
+    layout: Annotated[str, typer.Option(help="Layout of the facts, where it is not recognised.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Edit facts one after another, then say what held, in other words too, and what else moved. Goes on if stopped."""
+    from cl_lab.display import EditProgress
+    from cl_lab.editing import score_facts
+
+    knobs = _knobs(settings or [])
+    folder = out or Path("runs") / f"edits-{editor.replace(':', '-')}-{facts.stem}"
+    with EditProgress() as progress:
+        document = score_facts(
+            model,
+            {"name": editor, **knobs},
+            facts,
+            folder,
+            batch_size=batch_size,
+            limit=limit,
+            chat=chat,
+            free=free,
+            skip_bad=skip_bad,
+            layout=layout,
+            told=progress.told,
+        )
+    if as_json:
+        _print_json(document | {"path": str(folder)})
+        return
+    _console().print(_edit_table(document))
+    third = max(1, len(document["retention"]) // 3)
+    oldest, newest = (sum(part) / len(part) for part in (document["retention"][:third], document["retention"][-third:]))
+    _console().print(
+        f"reliability of the oldest third {oldest:.3f}, of the newest {newest:.3f}; "
+        f"{document['seconds_per_edit']:.2f} s and {document['bytes_per_edit'] / 1000:.0f} kB an edit; "
+        f"{len(document['refused'])} patches refused"
+    )
+    _console().print(f"folder: {folder}")
+
+
+def _knobs(settings: list[str]) -> dict[str, Any]:
+    """``key=value`` pairs as a document."""
+    import yaml
+
+    knobs = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{setting}': must be key=value, for example steps=20")
+        try:
+            knobs[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"'{setting}': not a valid YAML value") from None
+    return knobs
+
+
+def _edit_table(document: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    held = f"{document['edits']} edits of {document['facts']} in {document['model']} by {document['editor']['name']}"
+    table = Table("", "before", "after", title=held, title_justify="left")
+    before, after = document["before"], document["after"]
+    for name, value in after.items():
+        table.add_row(
+            name.replace("_", " "), *(f"{v:.3f}" if v is not None else "–" for v in (before.get(name), value))
+        )
+    return table
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,

@@ -104,3 +104,37 @@ class StepProgress:
             sum(seen) / len(seen),
             record.train_seconds + record.eval_seconds,
         )
+
+
+class EditProgress:
+    """A progress bar with ETA over the edits of a file; on a pipe or in CI a line for every tenth of them."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._tenth = 0
+
+    def __enter__(self) -> EditProgress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("asking the model as it is", total=None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def told(self, made: int, of: int, what: str) -> None:
+        """``made`` edits ``of`` so many are made, ``what`` being the last."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=what[:40], total=of, completed=made)
+        elif 10 * made // of > self._tenth or made == of:
+            self._tenth = 10 * made // of
+            logging.getLogger("cl_lab").info("%d of %d edits made: %s", made, of, what)

@@ -35,6 +35,10 @@ class TrainingError(UserError):
     """A run that cannot go on (NaN loss, no trainable parameters, …); what was computed stays on disk."""
 
 
+class EditError(UserError):
+    """An edit that cannot be made (a loss that is not finite, no subject in the prompt); the model is as it was."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another configuration."""
 

@@ -368,6 +368,11 @@ def load_causal_lm(name: str, *, dtype: str = "float32", trust_remote_code: bool
     return made
 
 
+def new_cache() -> Any:
+    """An empty cache of keys and values, for reading a text token by token."""
+    return _transformers().DynamicCache()
+
+
 def tiny_causal_lm(
     vocabulary: int, *, layers: int = 2, width: int = 32, heads: int = 2, context: int = 512
 ) -> nn.Module:
@@ -463,6 +468,10 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ``tokens``; special tokens, and numbers that are no tokens (padding), are left out."""
 
+    @property
+    def can_chat(self) -> bool:
+        """Whether there is a chat template."""
+
     def chat(self, prompt: str) -> str:
         """``prompt`` as a user's turn, followed by what opens the answer. :class:`ConfigError` without a chat template."""
 
@@ -474,6 +483,7 @@ class ByteTokenizer:
     end: int = 256
     size: int = 257
     key: str = "bytes"
+    can_chat: bool = False
 
     def encode(self, text: str) -> list[int]:
         """One token per byte; half a surrogate pair becomes ``?``."""
@@ -527,6 +537,11 @@ class PretrainedTokenizer:
         """See :class:`Tokenizer`."""
         known = [int(t) for t in tokens if 0 <= t < self.size]
         return str(self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    @property
+    def can_chat(self) -> bool:
+        """See :class:`Tokenizer`."""
+        return bool(self.tokenizer.chat_template)
 
     def chat(self, prompt: str) -> str:
         """See :class:`Tokenizer`."""

@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cl_lab.adapters import LowRank, low_rank
 from cl_lab.records import Batch, Experience, Objective, State, Stream, TensorData
+
+if TYPE_CHECKING:
+    from cl_lab.editable import EditableModel
+    from cl_lab.facts import Edit
+    from cl_lab.patches import Patch
 
 
 class Learner(Protocol):
@@ -293,28 +297,27 @@ class ModelSpec:
         raise NotImplementedError
 
 
-class Patch(Protocol):
-    """A reversible change to a model's weights or behaviour."""
+@dataclass
+class Editor:
+    """A way to correct facts in a language model. Knobs are its public fields; what it learnt before lies in the patches."""
 
-    def apply(self, model: nn.Module) -> None:
-        """Change ``model`` in place."""
-        ...
+    removable: ClassVar[bool] = False
+    """Whether taking one patch away leaves the answers of all others as they were."""
+    folds: ClassVar[bool] = False
+    """Whether its patches are changes of weights, so that an edited model can be saved as a plain one."""
 
-    def revert(self, model: nn.Module) -> None:
-        """Undo :meth:`apply`, bit for bit."""
-        ...
+    @classmethod
+    def conformance_knobs(cls) -> dict[str, Any]:
+        """Knobs under which the conformance suite can edit a tiny random model."""
+        return {}
 
-    def save(self, path: Path) -> None:
-        """Write the patch under ``path`` (safetensors and JSON)."""
-        ...
+    def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
+        """The patch that makes ``edits`` true in ``model``, on top of those that it has; the model is left as it was.
 
-
-class Editor(Protocol):
-    """A way to correct facts: proposes a patch and leaves the model as it was."""
-
-    def propose(self, model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> Patch:
-        """The patch that makes ``edits`` true in ``model``."""
-        ...
+        ``earlier`` are the edits behind the model's patches, oldest first, as far as they are known: an editor may rehearse
+        them. Raises :class:`~cl_lab.errors.EditError` where the edit cannot be made.
+        """
+        raise NotImplementedError
 
 
 def tensors_of(state: State) -> Iterator[Tensor]:

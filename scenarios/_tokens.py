@@ -55,6 +55,7 @@ class WordTokenizer:
 
     words: tuple[str, ...]
     end: int = 0
+    can_chat: bool = False
     _numbers: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,222 @@
+"""What edits are worth: whether they held, in other words too, and what else they moved; as papers count it and honestly.
+
+Two ways of asking. *Teacher-forced*, as the papers do: the right answer's tokens are given one by one, and each counts that
+is the likeliest behind those before it. *Free*: the model writes, to its own end or a budget that knows no answer's length,
+and what it wrote is compared with the answer. Neither changes the model, and asking twice gives the same.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cl_lab.editable import EditableModel
+from cl_lab.facts import Edit, Probe
+from cl_lab.probe_texts import PARAGRAPHS
+
+BUDGET = 24
+"""Tokens of a free answer, at most."""
+
+GROUPS: dict[str, Callable[[Edit], Sequence[Probe]]] = {
+    "reliability": lambda e: [Probe(e.prompt, e.answer)],
+    "generality": lambda e: [Probe(p, e.answer) for p in e.paraphrases],
+    "reverse": lambda e: e.reverse,
+    "one_hop": lambda e: e.one_hop,
+    "unrelated": lambda e: e.unrelated,
+    "same_relation": lambda e: e.same_relation,
+    "same_subject": lambda e: e.same_subject,
+}
+"""The questions of an edit by what they ask for."""
+
+LOCAL = ("unrelated", "same_relation", "same_subject")
+"""Groups that an edit must leave as they are: for them agreement with the unedited model counts, too."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model said to the questions of some edits, ready to be compared: by group, and in a group by edit.
+
+    ``tokens`` are the likeliest tokens at the answers' places, answer given; ``texts`` what it wrote by itself.
+    """
+
+    tokens: dict[str, list[list[list[int]]]]
+    texts: dict[str, list[list[str]]] = field(default_factory=dict)
+
+
+def ask(
+    model: EditableModel,
+    edits: Sequence[Edit],
+    *,
+    free: bool = True,
+    chat: bool = False,
+    groups: Sequence[str] = tuple(GROUPS),
+    batch_size: int = 32,
+) -> Asked:
+    """Put every question of ``edits`` to ``model`` as it stands.
+
+    With ``chat`` as a user's turns; without ``free`` nothing is written.
+    """
+    tokens: dict[str, list[list[list[int]]]] = {}
+    texts: dict[str, list[list[str]]] = {}
+    for group in groups:
+        probes = [list(GROUPS[group](edit)) for edit in edits]
+        flat = [p for own in probes for p in own]
+        sizes = [len(own) for own in probes]
+        if flat:
+            tokens[group] = _divided(_likeliest(model, flat, chat, batch_size), sizes)
+            if free:
+                said = model.answer([p.prompt for p in flat], max_new_tokens=BUDGET, chat=chat, batch_size=batch_size)
+                texts[group] = _divided(said, sizes)
+    return Asked(tokens, texts)
+
+
+def scores(
+    model: EditableModel, edits: Sequence[Edit], after: Asked, before: Asked, *, chat: bool = False
+) -> dict[str, Any]:
+    """What ``after`` is worth for ``edits``, each value a mean over the edits that have such questions, in [0, 1].
+
+    For each group ``<group>``: the share of the right answer's tokens, teacher-forced, its end not counted (rows whose
+    answer is not known count nothing), ``<group>_free`` the share of written answers that are right (:func:`is_right`). For
+    those that must not move also ``<group>_agreement`` and ``<group>_free_agreement``, with ``before``.
+    """
+    found: dict[str, Any] = {}
+    for group, said in after.tokens.items():
+        probes = [list(GROUPS[group](edit)) for edit in edits]
+        each = _each(model, probes, said, chat)
+        found[group] = _mean(each)
+        if group in after.texts:
+            pairs = zip(probes, after.texts[group], edits, strict=True)
+            old = [e.old if group in ("reliability", "generality") else None for e in edits]
+            found[f"{group}_free"] = _mean(
+                [
+                    [
+                        float(is_right(text, p.answer, was))
+                        for p, text in zip(own, texts, strict=True)
+                        if p.answer is not None
+                    ]
+                    for (own, texts, _), was in zip(pairs, old, strict=True)
+                ]
+            )
+        if group in LOCAL:
+            same = [
+                [_share(a, b) for a, b in zip(now, then, strict=True)]
+                for now, then in zip(said, before.tokens[group], strict=True)
+            ]
+            found[f"{group}_agreement"] = _mean(same)
+            if group in after.texts and group in before.texts:
+                found[f"{group}_free_agreement"] = _mean(
+                    [
+                        [float(a == b) for a, b in zip(now, then, strict=True)]
+                        for now, then in zip(after.texts[group], before.texts[group], strict=True)
+                    ]
+                )
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def retention(model: EditableModel, edits: Sequence[Edit], after: Asked, *, chat: bool = False) -> list[float]:
+    """Each edit's own reliability, teacher-forced, in the order of ``edits``: by age, the newest last."""
+    probes = [list(GROUPS["reliability"](edit)) for edit in edits]
+    return [own[0] for own in _each(model, probes, after.tokens["reliability"], chat)]
+
+
+def perplexity(model: EditableModel, texts: Sequence[str] = PARAGRAPHS) -> float:
+    """``exp`` of the mean surprise, in nats a token, of plain texts, each read from the token that ends the one before."""
+    pairs = [([model.tokenizer.end], model.tokenizer.encode(text)) for text in texts]
+    rows = model.rows(pairs)
+    logits = model.logits(rows, batch_size=4)
+    nats = -logits.log_softmax(1).gather(1, rows.labels[:, None])
+    return float(nats.double().mean().exp())
+
+
+def ngram_entropy(text: str) -> float:
+    """How varied a text is: the weighted mean of the entropies, in bits, of its pairs (2/3) and triples (4/3) of words.
+
+    Zhang et al. 2018's, with the weights of Meng et al. 2022: repetition lowers it. 0 for texts of fewer than three words.
+    """
+    words = text.split()
+    total = 0.0
+    for n, weight in ((2, 2 / 3), (3, 4 / 3)):
+        grams = list(zip(*(words[i:] for i in range(n)), strict=False))
+        if not grams:
+            return 0.0
+        counts = torch.tensor([grams.count(g) for g in dict.fromkeys(grams)], dtype=torch.float64)
+        share = counts / counts.sum()
+        total += weight * float(-(share * share.log2()).sum()) / 2
+    return total
+
+
+def normal(text: str) -> str:
+    """A text for comparing answers: case, articles, punctuation and extra blanks do not count."""
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", _plain(text)).split())
+
+
+def _plain(text: str) -> str:
+    kept = (c for c in text.casefold() if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
+    return " ".join("".join(kept).split())
+
+
+def is_right(said: str, answer: str, old: str | None = None) -> bool:
+    """Whether what was written gives the answer and not the old one: the answer's words stand in it, in order.
+
+    A text that also says the ``old`` answer, where that is another, is not right; nor is an empty one. An answer that is
+    but an article (blood group A) must be all that is said.
+    """
+    words, wanted = f" {normal(said)} ", f" {normal(answer)} "
+    if not wanted.strip():
+        return bool(_plain(answer)) and _plain(said) == _plain(answer)
+    if wanted not in words:
+        return False
+    was = f" {normal(old or '')} "
+    if not was.strip() or was == wanted:
+        return True
+    # Where the new answer holds the old one (New York City), the old one counts only if it also stands by itself.
+    return was not in (words.replace(wanted, "  ") if was in wanted else words)
+
+
+def _likeliest(model: EditableModel, probes: Sequence[Probe], chat: bool, batch_size: int) -> list[list[int]]:
+    """At the places of each probe's answer, its end not among them, the likeliest tokens."""
+    pairs = [(model.read_prompt(p.prompt, chat=chat), _answer_tokens(model, p, chat)) for p in probes]
+    lengths = [len(a) for _, a in pairs]
+    best: list[int] = []
+    for first in range(0, len(pairs), batch_size):
+        best += model.logits(model.rows(pairs[first : first + batch_size]), batch_size).argmax(1).tolist()
+    return _divided(best, lengths)
+
+
+def _answer_tokens(model: EditableModel, probe: Probe, chat: bool) -> list[int]:
+    # Where no answer is known, what is compared is the token behind the prompt.
+    return model.encode_answer(probe.answer, chat=chat, end=False) if probe.answer else [model.tokenizer.end]
+
+
+def _each(
+    model: EditableModel, probes: Sequence[Sequence[Probe]], said: Sequence[Sequence[list[int]]], chat: bool
+) -> list[list[float]]:
+    return [
+        [
+            _share(tokens, _answer_tokens(model, p, chat))
+            for p, tokens in zip(own, texts, strict=True)
+            if p.answer is not None
+        ]
+        for own, texts in zip(probes, said, strict=True)
+    ]
+
+
+def _share(one: Sequence[int], two: Sequence[int]) -> float:
+    return sum(a == b for a, b in zip(one, two, strict=True)) / len(two)
+
+
+def _mean(values: Sequence[Sequence[float]]) -> float | None:
+    """Over edits, of the means over each one's questions; ``None`` where no edit has any."""
+    means = [sum(own) / len(own) for own in values if own]
+    return sum(means) / len(means) if means else None
+
+
+def _divided(values: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    it = iter(values)
+    return [[next(it) for _ in range(n)] for n in sizes]

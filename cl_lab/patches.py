@@ -1,0 +1,662 @@
+"""What an edit leaves behind: reversible changes that lie on a model in layers, each removable on its own.
+
+A patch is values, not instructions. Those on weights add up, oldest first, on the weights as they were before any patch; to
+take one away is to add the others up again, so what is left is bit for bit what it would have been without it, as the patch
+itself was computed. Patches that answer only for some prompts (side memories, codebooks) hang on a layer as a hook and are
+asked for each row of a batch. A saved patch is ``patch.json`` and ``patch.safetensors``; prompts are in it only if it needs
+them to work (:class:`PromptPatch`) or the caller asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cl_lab.errors import ConfigError, DataError, nearest
+from cl_lab.files import write_atomically
+
+if TYPE_CHECKING:
+    from cl_lab.editable import EditableModel, Site
+
+FORMAT = 1
+"""Version of the files; another is refused."""
+
+_DOCUMENT, _TENSORS = "patch.json", "patch.safetensors"
+
+
+@dataclass(eq=False)
+class Patch:
+    """A reversible change to what a model says. ``editor`` made it; ``notes`` are numbers worth keeping (loss, steps)."""
+
+    kind: ClassVar[str]
+    rewrites: ClassVar[bool] = False
+    """Whether it changes prompts before they are read."""
+
+    editor: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def apply(self, model: EditableModel) -> None:
+        """Lay the patch on top of those that ``model`` has. Raises :class:`DataError` where it does not fit the model."""
+        self.check(model)
+        model.patches.append(self)
+        try:
+            self._rebuild(model)
+        except BaseException:
+            model.patches.pop()
+            raise
+
+    def revert(self, model: EditableModel) -> None:
+        """Take the patch away, wherever it lies; the others stay. Raises :class:`ValueError` where it is not there."""
+        model.patches.remove(self)
+        self._rebuild(model)
+
+    def check(self, model: EditableModel) -> None:
+        """Raise :class:`DataError` where the patch does not fit ``model``."""
+
+    def _rebuild(self, model: EditableModel) -> None:
+        """Bring the model in line with ``model.patches``, as far as this kind of patch goes."""
+
+    def rewrite(self, prompt: str, model: EditableModel) -> str:
+        """The prompt to read in place of ``prompt``, as all of the model's patches of this kind want it."""
+        return prompt
+
+    def fires(self, model: EditableModel) -> str:
+        """What lets it act: a word for the list of edits."""
+        return "always"
+
+    # -- on disk -----------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is large, by name."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """All that is small."""
+        raise NotImplementedError
+
+    @classmethod
+    def made(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Patch:
+        """The patch that gave :meth:`tensors` and :meth:`settings`."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> str:
+        """Write the patch into ``folder`` (made if need be), each file in one step; returns the digest of its tensors.
+
+        Raises :class:`OSError` as writing does; what was there before is then still whole.
+        """
+        from safetensors.torch import save
+
+        folder.mkdir(parents=True, exist_ok=True)
+        data = save({name: t.detach().cpu().contiguous() for name, t in self.tensors().items()})
+        digest = hashlib.sha256(data).hexdigest()
+        document = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "editor": self.editor,
+            "settings": self.settings(),
+            "notes": self.notes,
+            "sha256": digest,
+        }
+        write_atomically(folder / _TENSORS, data)
+        write_atomically(folder / _DOCUMENT, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        return digest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+def load_patch(folder: Path, digest: str | None = None) -> Patch:
+    """The patch saved in ``folder``. With ``digest`` its tensors must be those; they must be those of its document anyway.
+
+    Raises :class:`DataError`, naming the file, for what is missing, damaged, altered or of another version.
+    """
+    from safetensors.torch import load
+
+    place = folder / _DOCUMENT
+    try:
+        document = json.loads(place.read_text(encoding="utf-8"))
+        place = folder / _TENSORS
+        data = place.read_bytes()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"is no JSON ({error})"
+        raise DataError(f"patch '{place}': {why}; restore the file from a copy of the folder") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else None
+        raise DataError(f"patch '{folder / _DOCUMENT}': format {found!r}, this version reads {FORMAT}; update cl-lab")
+    found = hashlib.sha256(data).hexdigest()
+    for wanted in (str(document.get("sha256")), digest):
+        if wanted is not None and found != wanted:
+            raise DataError(
+                f"patch '{place}': its SHA-256 is {found[:12]}…, sha256 in {_DOCUMENT} or the list of edits says "
+                f"{wanted[:12]}…: the file was changed; restore it"
+            )
+    kinds = {cls.kind: cls for cls in (WeightPatch, SidePatch, KeyPatch, PromptPatch)}
+    kind = str(document.get("kind"))
+    if kind not in kinds:
+        raise DataError(f"patch '{folder / _DOCUMENT}': unknown kind '{kind}'{nearest(kind, kinds)}")
+    try:
+        patch = kinds[kind].made(load(data), document["settings"])
+        patch.editor, patch.notes = document["editor"], document["notes"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"patch '{folder / _DOCUMENT}': lacks a part ({type(error).__name__}: {error}); restore it"
+        ) from None
+    return patch
+
+
+def _shape_at(model: EditableModel, path: str) -> tuple[int, int]:
+    """``(out, in)`` of the layer at ``path``. Raises :class:`DataError` where the model has none there."""
+    try:
+        out, into = model.site(path).weight.shape
+    except ConfigError as error:
+        raise DataError(f"patch of '{path}', but {error}; is it another model's?") from None
+    return out, into
+
+
+# -- weights -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A change of one weight ``[out, in]``: ``b @ a`` (``[out, r]``, ``[r, in]``), or ``dense`` ``[out, in]``; float32."""
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    dense: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        if self.dense is not None:
+            return self.dense.shape[0], self.dense.shape[1]
+        assert self.a is not None
+        assert self.b is not None
+        return self.b.shape[0], self.a.shape[1]
+
+    def value(self) -> Tensor:
+        """The change, ``[out, in]`` float32."""
+        if self.dense is not None:
+            return self.dense
+        assert self.a is not None
+        assert self.b is not None
+        return self.b @ self.a
+
+
+@dataclass(eq=False)
+class WeightPatch(Patch):
+    """Changes of weights, by path of the linear layer. ``statistics`` are an editor's own running sums, by name."""
+
+    kind: ClassVar[str] = "weights"
+
+    changes: dict[str, Delta] = field(default_factory=dict)
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+
+    def check(self, model: EditableModel) -> None:
+        for path, change in self.changes.items():
+            wanted, found = _shape_at(model, path), change.shape
+            if wanted != found:
+                raise DataError(
+                    f"patch of '{path}' changes {list(found)} weights, the model has {list(wanted)}; is it another model's?"
+                )
+
+    def _rebuild(self, model: EditableModel) -> None:
+        model.memo.clear()
+        for path in self.changes:
+            site = model.site(path)
+            base = model.base.setdefault(path, site.weight.clone())
+            changes = [p.changes[path] for p in model.patches if isinstance(p, WeightPatch) and path in p.changes]
+            whole = model.sums.pop(path, None)
+            if whole is None or not model.patches or model.patches[-1] is not self:
+                whole = base.float().clone()  # something was taken away: all of it again
+            else:
+                changes = changes[-1:]
+            for change in changes:
+                whole += change.value().to(whole.device)
+            with torch.no_grad():
+                site.weight.copy_(whole)
+            if changes:
+                model.sums[path] = whole
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {
+            f"{path}:{name}": value
+            for path, change in self.changes.items()
+            for name in ("a", "b", "dense")
+            if (value := getattr(change, name)) is not None
+        }
+        return parts | {f"statistics:{name}": value for name, value in self.statistics.items()}
+
+    def settings(self) -> dict[str, Any]:
+        return {"paths": list(self.changes)}
+
+    @classmethod
+    def made(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Patch:
+        parts = ("a", "b", "dense")
+        if lost := [path for path in settings["paths"] if not any(f"{path}:{n}" in tensors for n in ("b", "dense"))]:
+            raise KeyError(lost[0])
+        changes = {path: Delta(**{n: tensors.get(f"{path}:{n}") for n in parts}) for path in settings["paths"]}
+        kept = {n.removeprefix("statistics:"): t for n, t in tensors.items() if n.startswith("statistics:")}
+        return cls(changes=changes, statistics=kept)
+
+
+# -- what answers for some prompts only ----------------------------------------------------------------------------
+
+
+class Routed:
+    """A hook on one linear layer that adds to its output for the rows whose prompt it takes for its own.
+
+    The choice is made once, from the prompt's tokens, and held for the whole answer. Which tokens are the prompt's the model
+    says (:meth:`~cl_lab.editable.EditableModel.prompts`); where nobody does, a pass with an empty cache is a prompt, and
+    what comes behind it its answer, which is how Transformers generates.
+    """
+
+    def __init__(self, model: EditableModel, site: Site) -> None:
+        self.model, self.site = model, site
+        self._route: Tensor | None = None
+        self._holding = self._paused = False
+        self._begins = True  # the pass in progress has nothing in its cache
+        self._handles = [
+            model.decoder.register_forward_pre_hook(self._look, with_kwargs=True),
+            site.module.register_forward_hook(self._add),
+        ]
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _look(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        self._begins = cache is None or cache.get_seq_length() == 0
+
+    def pause(self, on: bool) -> None:
+        """Add nothing until this is said again."""
+        self._paused = on
+
+    def hold(self, on: bool) -> None:
+        """Keep the next choice until this is said again."""
+        self._holding, self._route = on, None
+
+    @property
+    def route(self) -> Tensor | None:
+        """The last choice, ``[B]`` int64: which memory or key answers for each row; −1 for the model itself."""
+        return self._route
+
+    def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
+        """The choice ``[B]`` int64, from ``inputs`` ``[B, T, in]`` and which of them are prompt ``[B, T]`` bool."""
+        raise NotImplementedError
+
+    def change(self, inputs: Tensor, which: int, asked: Tensor) -> Tensor:
+        """What to add to the output ``[N, T, out]`` of rows that memory ``which`` answers for."""
+        raise NotImplementedError
+
+    def _add(self, module: Any, args: Any, out: Tensor) -> Tensor | None:
+        if self._paused:
+            return None
+        inputs: Tensor = args[0]
+        flat = inputs.dim() == 2
+        if flat:
+            inputs = inputs[None]
+        asked, fresh = self.model.asked, True
+        if self._route is not None and len(self._route) == len(inputs):
+            fresh = not self._holding if asked is not None else self._begins
+        if fresh:
+            asked = asked if asked is not None and asked.shape == inputs.shape[:2] else _all(inputs)
+            self._route = self.choose(inputs, asked)
+        else:
+            asked = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        assert self._route is not None
+        changed = out.clone() if bool((self._route >= 0).any()) else None
+        for which in self._route.unique().tolist():
+            if which >= 0:
+                assert changed is not None
+                rows = self._route == which
+                more = self.change(inputs[rows], which, asked[rows]).to(out.dtype)
+                if flat:
+                    changed += more[0]
+                else:
+                    changed[rows] += more
+        return changed
+
+
+def _all(inputs: Tensor) -> Tensor:
+    return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+
+
+def _hang(model: EditableModel, name: str, needed: bool, make: Callable[[], Routed]) -> Any:
+    """The hook called ``name``, made where it is needed and lacking, taken off where it is not."""
+    if needed and name not in model.side:
+        model.side[name] = make()
+    elif not needed and name in model.side:
+        model.side.pop(name).remove()
+    return model.side.get(name)
+
+
+def activation_gap(change: Tensor, inputs: Tensor, asked: Tensor) -> Tensor:
+    """``D`` ``[B]``: the mean over the prompt's tokens of ``‖A(x)·(W' − W)ᵀ‖₂``. Wang et al. 2024 (WISE), Eq. 3.
+
+    ``change`` is ``W' − W`` ``[out, in]``, ``inputs`` ``A(x)`` ``[B, T, in]``, ``asked`` ``[B, T]`` bool.
+    """
+    length = (inputs.to(change.dtype) @ change.T).norm(dim=2)
+    mean: Tensor = (length * asked).sum(1) / asked.sum(1).clamp(min=1)
+    return mean
+
+
+@dataclass(eq=False)
+class SidePatch(Patch):
+    """What one edit added to a shard of WISE's side memory: ``values`` at the places of the shard's random mask.
+
+    A shard's memory is ``W + Σ values`` over its patches. ``gap`` is the least activation gap ``D`` of the shard's edits
+    when the patch was made, and ``floor`` the gap that all but a few unrelated prompts stay below: see :func:`threshold`.
+    Values are bf16, and were rounded so before they were judged.
+    """
+
+    kind: ClassVar[str] = "side-memory"
+
+    path: str = ""
+    shard: int = 0
+    places: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))  # the mask's bits, packed
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+    gap: float = 0.0
+    floor: float = 0.0
+    merge: bool = False
+
+    def fires(self, model: EditableModel) -> str:
+        return f"prompts of shard {self.shard}"
+
+    def check(self, model: EditableModel) -> None:
+        out, into = _shape_at(model, self.path)
+        mask = unpacked(self.places, out * into)
+        if int(mask.sum()) != len(self.values):
+            raise DataError(
+                f"patch of '{self.path}' has {len(self.values)} values for {int(mask.sum())} places; is it another model's?"
+            )
+
+    def _rebuild(self, model: EditableModel) -> None:
+        mine = [p for p in model.patches if isinstance(p, SidePatch) and p.path == self.path]
+        hook: SideMemory | None = _hang(
+            model, f"side-memory:{self.path}", bool(mine), lambda: SideMemory(model, model.site(self.path))
+        )
+        if hook is not None:
+            hook.set(mine)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"places": self.places, "values": self.values}
+
+    def settings(self) -> dict[str, Any]:
+        return {"path": self.path, "shard": self.shard, "gap": self.gap, "floor": self.floor, "merge": self.merge}
+
+    @classmethod
+    def made(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Patch:
+        return cls(places=tensors["places"], values=tensors["values"], **settings)
+
+
+class SideMemory(Routed):
+    """WISE's side memories on one layer: a change of its weight for each shard, and the gap from which each answers."""
+
+    def __init__(self, model: EditableModel, site: Site) -> None:
+        super().__init__(model, site)
+        self.changes: dict[int, Tensor] = {}
+        self.thresholds: dict[int, float] = {}
+
+    def set(self, patches: Sequence[SidePatch]) -> None:
+        """Take over what ``patches``, oldest first, amount to."""
+        self._route = None
+        self.changes, self.thresholds = {}, {}
+        for shard in sorted({p.shard for p in patches}):
+            own = [p for p in patches if p.shard == shard]
+            self.changes[shard] = shard_change(own, self.site)
+            self.thresholds[shard] = threshold(own)
+        if patches and patches[-1].merge and len(self.changes) > 1:
+            self.changes = {0: ties(list(self.changes.values()))}
+            self.thresholds = {0: min(self.thresholds.values())}
+
+    def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
+        gaps = torch.stack(
+            [activation_gap(c, inputs, asked) / self.thresholds[shard] for shard, c in self.changes.items()]
+        )
+        best, place = gaps.max(0)
+        shards = torch.tensor(list(self.changes), device=inputs.device)
+        return torch.where(best >= 1, shards[place], -1)
+
+    def change(self, inputs: Tensor, which: int, asked: Tensor) -> Tensor:
+        memory = self.changes[which]
+        return inputs.to(memory.dtype) @ memory.T
+
+
+def shard_change(patches: Sequence[SidePatch], site: Site) -> Tensor:
+    """``W' − W`` ``[out, in]`` float32 of one shard."""
+    weight = site.weight
+    whole = torch.zeros(weight.numel(), device=weight.device)
+    if patches:
+        mask = unpacked(patches[0].places, weight.numel()).to(weight.device)
+        whole[mask] = torch.stack([p.values.float() for p in patches]).sum(0).to(weight.device)
+    return whole.view(weight.shape)
+
+
+def threshold(patches: Sequence[SidePatch]) -> float:
+    """The gap from which a shard answers: four fifths of the least of its edits, as the newest patch found it.
+
+    But not below what unrelated prompts reach (``floor``), of which a stated share may be wrong.
+    """
+    return max(0.8 * patches[-1].gap, patches[-1].floor, 1e-12)
+
+
+def ties(changes: Sequence[Tensor], density: float = 0.53) -> Tensor:
+    """TIES-merging (Yadav et al. 2023, arXiv 2306.01708): keep each change's largest entries, agree on signs, average.
+
+    Of every change ``[out, in]`` the ``density`` share of its *non-zero* entries largest in size is kept; each entry's sign
+    is that of the sum; the mean is over the changes that have it.
+    """
+    kept = []
+    for change in changes:
+        moved = change[change != 0].abs()
+        if len(moved):
+            least = moved.kthvalue(len(moved) - max(1, round(density * len(moved))) + 1).values
+            change = torch.where(change.abs() >= least, change, 0)
+        kept.append(change)
+    stack = torch.stack(kept)
+    sign = stack.sum(0).sign()
+    agrees = (stack.sign() == sign) & (stack != 0)
+    merged: Tensor = (stack * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    return merged
+
+
+def packed(mask: Tensor) -> Tensor:
+    """A bool tensor as bits: uint8 ``[⌈n/8⌉]``."""
+    flat = mask.flatten()
+    flat = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8).to(torch.uint8)
+    return (flat << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpacked(bits: Tensor, size: int) -> Tensor:
+    """What :func:`packed` packed: bool ``[size]``. Raises :class:`DataError` where it was another number of places."""
+    if len(bits) != -(-size // 8):
+        raise DataError(f"patch has a mask of {8 * len(bits)} places for a weight of {size}; is it another model's?")
+    return ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[:size].bool()
+
+
+# -- a codebook ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class KeyPatch(Patch):
+    """Entries of GRACE's codebook on one layer: ``keys`` ``[n, in]``, what to add to the output ``values`` ``[n, out]``.
+
+    A prompt whose last token reaches the layer within ``radii`` ``[n]`` of a key is answered with the nearest key's value.
+    """
+
+    kind: ClassVar[str] = "codebook"
+
+    path: str = ""
+    keys: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    values: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    radii: Tensor = field(default_factory=lambda: torch.empty(0))
+    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [n], one for each answer
+
+    def __post_init__(self) -> None:
+        if not len(self.labels):  # nothing is known of the answers: none is another's
+            self.labels = torch.zeros(len(self.keys), dtype=torch.int64)
+
+    def fires(self, model: EditableModel) -> str:
+        return f"within {float(self.radii.max()):.3g} of its key"
+
+    def check(self, model: EditableModel) -> None:
+        wanted = _shape_at(model, self.path)
+        if (self.values.shape[1], self.keys.shape[1]) != wanted:
+            raise DataError(
+                f"patch of '{self.path}' leads from {self.keys.shape[1]} values to {self.values.shape[1]}, the layer from "
+                f"{wanted[1]} to {wanted[0]}; is it another model's?"
+            )
+
+    def _rebuild(self, model: EditableModel) -> None:
+        mine = [p for p in model.patches if isinstance(p, KeyPatch) and p.path == self.path]
+        hook: Codebook | None = _hang(
+            model, f"codebook:{self.path}", bool(mine), lambda: Codebook(model, model.site(self.path))
+        )
+        if hook is not None:
+            hook.set(mine)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"keys": self.keys, "values": self.values, "radii": self.radii, "labels": self.labels}
+
+    def settings(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    @classmethod
+    def made(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Patch:
+        parts: dict[str, Any] = {name: tensors[name] for name in ("keys", "values", "radii", "labels")}
+        return cls(**parts, **settings)
+
+
+class Codebook(Routed):
+    """GRACE's codebook: keys around which a stored value is added, from the prompt's last token on."""
+
+    def set(self, patches: Sequence[KeyPatch]) -> None:
+        """Take over the entries of ``patches``, oldest first.
+
+        Keys of different answers share the way between them; one that a newer has the place of is out of reach.
+        """
+        self._route = None
+        self.keys, self.values, radii, labels = (
+            torch.cat([getattr(p, name) for p in patches]) for name in ("keys", "values", "radii", "labels")
+        )
+        apart = torch.cdist(self.keys.double(), self.keys.double()).float()  # in float, near ones lose their digits
+        others = labels[:, None] != labels
+        same_place = others & (apart <= 0.01 * torch.minimum(radii[:, None], radii))
+        half = torch.where(others & ~same_place, apart / 2, torch.inf).amin(1)
+        self.radii = torch.where(same_place.triu().any(1), -1, torch.minimum(radii, half))
+
+    def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
+        last = (asked * torch.arange(1, asked.shape[1] + 1, device=asked.device)).argmax(1)
+        query = inputs[torch.arange(len(inputs), device=inputs.device), last].to(self.keys)
+        # From differences: from products, a key that is met would be some way off.
+        distance = torch.cdist(query, self.keys, compute_mode="donot_use_mm_for_euclid_dist")
+        distance = torch.where(distance <= self.radii, distance, torch.inf)
+        least, place = distance.min(1)
+        return torch.where(least.isfinite(), place, -1)
+
+    def change(self, inputs: Tensor, which: int, asked: Tensor) -> Tensor:
+        prompt_end = (asked * torch.arange(1, asked.shape[1] + 1, device=asked.device)).amax(1)
+        place = torch.arange(1, inputs.shape[1] + 1, device=inputs.device)
+        behind = place >= prompt_end[:, None]
+        return behind[..., None] * self.values[which].to(inputs.device)
+
+
+# -- facts put before the prompt -----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class PromptPatch(Patch):
+    """Facts that are put before prompts they concern: ``texts``, and their embeddings ``keys`` ``[n, width]``, of length 1.
+
+    ``centre`` ``[width]`` is taken off an embedding before it is compared; a fact concerns a prompt from the cosine
+    ``least`` on, and only the nearest is put there.
+    """
+
+    kind: ClassVar[str] = "prompt-memory"
+    rewrites: ClassVar[bool] = True
+
+    texts: list[str] = field(default_factory=list)
+    keys: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    centre: Tensor = field(default_factory=lambda: torch.empty(0))
+    least: float = 1.0
+    layer: int = 0
+
+    def fires(self, model: EditableModel) -> str:
+        return f"cosine of {self.least:.2f} with its prompt"
+
+    def check(self, model: EditableModel) -> None:
+        width = model.model.config.hidden_size
+        if self.keys.shape[1] != width or self.layer >= len(model.layers):
+            raise DataError(
+                f"patch of layer {self.layer} has keys of {self.keys.shape[1]} values, the model has {len(model.layers)} "
+                f"layers of width {width}; is it another model's?"
+            )
+
+    def rewrite(self, prompt: str, model: EditableModel) -> str:
+        mine = [p for p in model.patches if isinstance(p, PromptPatch)]
+        query = embed([prompt], model, self.layer, self.centre)[0]
+        near = torch.cat([p.keys @ query for p in mine])
+        least = torch.cat([torch.full((len(p.keys),), p.least) for p in mine])
+        best = int(torch.where(near >= least, near, -torch.inf).argmax())
+        if near[best] < least[best]:
+            return prompt
+        return [text for p in mine for text in p.texts][best] + "\n" + prompt
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"keys": self.keys, "centre": self.centre}
+
+    def settings(self) -> dict[str, Any]:
+        return {"texts": self.texts, "least": self.least, "layer": self.layer}
+
+    @classmethod
+    def made(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Patch:
+        return cls(keys=tensors["keys"], centre=tensors["centre"], **settings)
+
+
+def embed(texts: Sequence[str], model: EditableModel, layer: int, centre: Tensor | None) -> Tensor:
+    """Embeddings ``[n, width]`` float32 of length 1: what enters ``layer``, the mean over tokens, less ``centre``."""
+    raw = raw_embeddings(texts, model, layer)
+    raw = raw if centre is None else raw - centre
+    return torch.nn.functional.normalize(raw, dim=1)
+
+
+class _Heard(Exception):
+    """The layer has been reached; what is behind it need not run."""
+
+
+@torch.no_grad()
+def raw_embeddings(texts: Sequence[str], model: EditableModel, layer: int) -> Tensor:
+    """The mean ``[n, width]`` float32 over a text's tokens, but for its first, of the direction of what enters ``layer``.
+
+    Each token counts alike, whatever its length: a few are far longer than the rest and say nothing of the text.
+    """
+    heard: list[Tensor] = []
+
+    def listen(_: Any, args: Any, kwargs: Any) -> None:
+        heard.append(args[0] if args else kwargs["hidden_states"])
+        raise _Heard
+
+    handle = model.layers[layer].register_forward_pre_hook(listen, with_kwargs=True)
+    found = []
+    try:
+        for text in texts:
+            ids = model.tokenizer.encode(text)
+            with model.unrouted(), suppress(_Heard):
+                model.decoder(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+            h = torch.nn.functional.normalize(heard.pop()[0].float().cpu(), dim=1)
+            found.append(h[min(1, len(ids) - 1) :].mean(0))
+    finally:
+        handle.remove()
+    return torch.stack(found)

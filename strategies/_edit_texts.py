@@ -1,0 +1,139 @@
+"""What editors train on: an edit's prompt in the forms it will be asked in, and texts that have nothing to do with it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cl_lab import seeding
+from cl_lab.editable import EditableModel, Site
+from cl_lab.errors import EditError
+from cl_lab.facts import Edit
+from cl_lab.probe_texts import PARAGRAPHS, QUESTIONS
+
+Pair = tuple[list[int], list[int]]
+"""Tokens of a prompt and of its answer."""
+
+CONTEXTS = (
+    "The weather was fine that morning.",
+    "In the year that followed, little changed.",
+    "She closed the book and thought for a while.",
+    "Here is what is known today.",
+    "As everybody in the village could tell you:",
+    "First things first.",
+    "He asked again, more slowly this time.",
+    "Notes from the meeting.",
+)
+"""Beginnings that have nothing to do with any fact; an edit must hold behind them, too."""
+
+
+def forms(model: EditableModel, edit: Edit, contexts: int, chat: bool) -> list[Pair]:
+    """The edit's prompt as it is, behind some of :data:`CONTEXTS`, and as a chat's turn; each with the new answer."""
+    answer = model.encode_answer(edit.answer)
+    pairs = [(model.encode_prompt(edit.prompt), answer)]
+    pairs += [(model.encode_prompt(f"{context} {edit.prompt}"), answer) for context in CONTEXTS[:contexts]]
+    if chat:
+        pairs.append((model.encode_prompt(edit.prompt, chat=True), model.encode_answer(edit.answer, chat=True)))
+    return pairs
+
+
+QUESTION_FORMS = (
+    "Who wrote {}?",
+    "Where was {} born?",
+    "When was {} founded?",
+    "What is {} known for?",
+    "Which company made {}?",
+    "In what year did {} begin?",
+    "Who is the owner of {}?",
+    "What family does {} belong to?",
+    "The architect of {} was",
+    "What language is spoken in {}?",
+    "{} is located in",
+    "Who played the main part in {}?",
+    "What is the name of the river near {}?",
+    "On which label did {} appear?",
+    "Tell me about {}.",
+    "how many people live in {}",
+    "what does {} mean",
+    "When did {} end?",
+    "{} was the first to",
+    "Which team does {} play for?",
+    "What caused {}?",
+    "The color of {} is usually",
+    "who sang the song about {}",
+    "Who is the mother of {}?",
+)
+SUBJECTS = (
+    "Alder Hill",
+    "the Marlow Bridge",
+    "Tobias Renner",
+    "Station Four",
+    "the Silver Lantern",
+    "Carla Whitcombe",
+    "Norland",
+    "the great fire",
+    "Pellworth Castle",
+    "a wooden ladder",
+    "Ivan Sorokin",
+    "the Blue Danube",
+    "Greenfield United",
+    "the common toad",
+    "Model 47",
+    "Lake Ostra",
+    "the last king of Thale",
+    "winter wheat",
+    "Mount Ferro",
+    "The Long Road Home",
+    "Aisha Bakari",
+    "HMS Resolute",
+    "the old library",
+    "Kessler and Sons",
+    "salt",
+    "the Treaty of Varn",
+    "Orchid Street",
+    "Delphine",
+    "the night train",
+    "Saint Brannock's School",
+    "radio waves",
+)
+
+
+def unrelated_prompts() -> list[str]:
+    """Some four hundred questions, beginnings and sentences that no edit is about, in no order that means anything."""
+    asked = [f.format(s) for i, f in enumerate(QUESTION_FORMS) for s in SUBJECTS[i % 3 :: 3]]
+    questions = [question for own in QUESTIONS.values() for question, _ in own]
+    sentences = [s.strip() + "." for p in PARAGRAPHS for s in p.split(".") if len(s.split()) > 4]
+    texts = asked + questions + sentences
+    return [texts[i] for i in seeding.permutation(len(texts), 0, "unrelated prompts").tolist()]
+
+
+def row_loss(logits: Tensor, labels: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row, the mean over its answer's tokens with its end; and each token's probability.
+
+    ``logits`` ``[N, vocabulary]`` and ``labels`` ``[N]`` are the rows' tokens, row after row, ``lengths`` ``[B]`` of each.
+    """
+    each = -logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1)
+    of = torch.repeat_interleave(torch.arange(len(lengths), device=each.device), lengths.to(each.device))
+    rows = torch.zeros(len(lengths), device=each.device).index_add(0, of, each) / lengths.to(each.device)
+    return rows, (-each).exp().detach()
+
+
+def refuse_broken(value: Tensor, what: str) -> None:
+    """Raise :class:`EditError` where ``value`` is not finite."""
+    if not bool(torch.isfinite(value)):
+        raise EditError(f"{what}: came to {float(value.detach())}; the model is as it was; lower the editor's lr")
+
+
+def refuse_worse(last: float, first: float, what: str) -> None:
+    """Raise :class:`EditError` where training on the answers left their loss no lower than it was."""
+    if not last < first:
+        raise EditError(
+            f"{what}: the loss went from {first:.3g} to {last:.3g}; the model is as it was; lower the editor's lr"
+        )
+
+
+def edit_site(model: EditableModel, layer: int | None, module: str | None, share: float) -> Site:
+    """The module to edit: by its path, or the down-projection of a layer, by default that at ``share`` of the depth."""
+    if module is not None:
+        return model.site(module)
+    return model.down_projection(round(share * (len(model.layers) - 1)) if layer is None else layer)

@@ -1,0 +1,66 @@
+"""Masked fine-tuning of one module: the simplest editor, and under honest decoding a hard one to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from cl_lab.editable import EditableModel, check_plain_residual
+from cl_lab.facts import Edit
+from cl_lab.knobs import knob
+from cl_lab.patches import Delta, Patch, WeightPatch
+from cl_lab.protocols import Editor
+
+from ._edit_texts import edit_site, forms, refuse_broken, refuse_worse, row_loss
+
+
+@dataclass
+class FTM(Editor):
+    """FT-M: fine-tune one feed-forward matrix on the new answers, the prompts masked out of the loss.
+
+    Zhang et al. 2024 (arXiv 2401.01286), FT-M; Meng et al. 2022's FT trains the last prompt token only. Adam on one
+    down-projection until every answer token is likely enough; the answer's end is learnt, too, so that free decoding stops.
+    The change is a plain one of weights: it holds for every prompt, and nothing keeps other answers in place.
+    """
+
+    folds: ClassVar[bool] = True
+
+    layer: int | None = knob(None, "layer whose down-projection is trained; null: two thirds up", ge=0)
+    module: str | None = knob(None, "dotted path of the module instead, for a model whose parts are not found")
+    lr: float = knob(5e-4, "Adam's learning rate", gt=0, le=1000)
+    steps: int = knob(25, "steps for each patch, at most", ge=1)
+    stop_at: float = knob(0.9, "stop when every token of every answer has this probability; 1: never", gt=0, le=1)
+    contexts: int = knob(2, "beginnings put before each prompt in training", ge=0, le=8)
+    chat: bool = knob(True, "also train the prompt as a chat's turn, where the model has a template")
+
+    @classmethod
+    def conformance_knobs(cls) -> dict[str, Any]:
+        return {"lr": 0.02, "steps": 60, "contexts": 0}
+
+    def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
+        site = edit_site(model, self.layer, self.module, 2 / 3)
+        check_plain_residual(model, site)
+        what = f"ft-m: '{edits[0].prompt}'"
+        chat = self.chat and model.tokenizer.can_chat
+        at = model.above(model.rows([p for e in edits for p in forms(model, e, self.contexts, chat)]), site)
+        labels, lengths = at.rows.labels.to(at.out.device), at.rows.length - at.rows.prompt
+        delta = torch.zeros(site.weight.shape, device=at.out.device, requires_grad=True)
+        optimizer = torch.optim.Adam([delta], lr=self.lr)
+        inputs, losses = at.inputs.float(), []
+        for step in range(self.steps + 1):
+            rows, likely = row_loss(at.logits(inputs @ delta.T), labels, lengths)
+            loss = rows.mean()
+            refuse_broken(loss, what)
+            losses.append(float(loss.detach()))
+            if step == self.steps or float(likely.min()) >= self.stop_at:
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        if step:
+            refuse_worse(losses[-1], losses[0], what)
+        notes = {"steps": step, "loss": losses[-1], "edits": len(edits)}
+        return WeightPatch("ft-m", notes, {site.path: Delta(dense=delta.detach().cpu())})

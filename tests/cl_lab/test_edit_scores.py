@@ -1,0 +1,271 @@
+"""What edits are worth: right answers, agreement, retention and fluency, each against numbers on paper."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cl_lab import hub
+from cl_lab.edit_scores import GROUPS, LOCAL, Asked, ask, is_right, ngram_entropy, normal, perplexity, retention, scores
+from cl_lab.editable import EditableModel
+from cl_lab.facts import Edit, Probe
+from cl_lab.patches import Delta, WeightPatch
+
+BYTES = hub.load_tokenizer("bytes")
+ONE = Edit(
+    "Who is it?",
+    "BC",
+    old="Eve",
+    paraphrases=("Who?", "And who is it?"),
+    reverse=(Probe("Whom is BC?", "D"),),
+    one_hop=(Probe("And then?", "E"), Probe("And now?", "FG")),
+    unrelated=(Probe("What is 2 + 2?", "4"), Probe("Where?")),
+    same_relation=(Probe("Who is that?", "Z"),),
+)
+TWO = Edit("How much?", "17", old="18", same_subject=(Probe("How long?"),))
+
+
+def editable() -> EditableModel:
+    torch.manual_seed(5)
+    return EditableModel(hub.tiny_causal_lm(vocabulary=257, layers=2, width=32, heads=2), BYTES)
+
+
+# -- answers compared ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Netherlands", "netherlands"),
+        ("a cat, an owl and the dog!", "cat owl and dog"),
+        ("AnnA", "anna"),
+        ("Theatre", "theatre"),
+        ("St. John's", "st johns"),
+        ("“Straße”…", "strasse"),
+        (" \t\n", ""),
+        ("...", ""),
+        ("The", ""),
+    ],
+)
+def test_what_does_not_count(text: str, expected: str) -> None:
+    assert normal(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "old", "expected"),
+    [
+        ("Rome", "Rome", None, True),
+        ("rome.", "Rome", None, True),
+        ("It is the Rome of Italy", "Rome", None, True),
+        ("Netherlands", "The Netherlands", "Belgium", True),
+        ("the United   States", "United States", None, True),
+        ("“Rome”, of course", "Rome", "Paris", True),
+        ("Romeo", "Rome", None, False),
+        ("United Arab States", "United States", None, False),
+        ("Paris", "Rome", "Paris", False),
+        ("Paris, not Rome", "Rome", "Paris", False),
+        ("Rome, not paris!", "Rome", "Paris", False),
+        ("Rome, no Parisians", "Rome", "Paris", True),
+        ("Rome", "Rome", "rome", True),
+        ("Rome", "Rome", "", True),
+        ("New York City", "New York City", "New York", True),
+        ("New York City, once New York", "New York City", "New York", False),
+        ("New York", "York", "New York", False),
+        ("York", "York", "New York", True),
+        ("Romeo", "Romeo", "Rome", True),
+        ("Rome, no: Romeo", "Romeo", "Rome", False),
+        ("A", "A", "B", True),
+        ("a.", "A", None, True),
+        ("Of a kind", "A", "B", False),
+        ("B", "A", "B", False),
+        ("", "Rome", None, False),
+        ("", "", None, False),
+        ("Rome", "", None, False),
+        ("...", "...", None, False),
+        (" \n", "Rome", "Paris", False),
+    ],
+)
+def test_right_answers(said: str, answer: str, old: str | None, expected: bool) -> None:
+    assert is_right(said, answer, old) is expected
+
+
+# -- fluency -------------------------------------------------------------------------------------------------------
+
+
+def test_entropy_by_hand() -> None:
+    thirds = -(2 / 3 * math.log2(2 / 3) + 1 / 3 * math.log2(1 / 3))
+    assert ngram_entropy("a b a b a") == pytest.approx((2 / 3 * 1 + 4 / 3 * thirds) / 2)
+    assert ngram_entropy("a b c d e") == pytest.approx((2 / 3 * 2 + 4 / 3 * math.log2(3)) / 2)
+    assert ngram_entropy("so so so so so so") == 0
+    assert ngram_entropy("a  b\n") == ngram_entropy("") == 0
+    assert ngram_entropy("a b c d a b c d") < ngram_entropy("a b c d e f g h")
+
+
+def test_a_model_that_guesses_is_as_perplexed_as_its_vocabulary_is_large() -> None:
+    model = editable()
+    nn.init.zeros_(model.model.get_input_embeddings().weight)
+    assert perplexity(model) == pytest.approx(257)
+    assert perplexity(model, ["One.", "Another, longer."]) == pytest.approx(257)
+
+
+def test_perplexity_by_hand() -> None:
+    """Each text alone, from the end token on; the mean is over tokens, so that a longer text counts for more."""
+    model, texts = editable(), ["Abc", "Somewhat longer than that."]
+    nats: list[Tensor] = []
+    for text in texts:
+        ids = torch.tensor([[256, *text.encode()]])
+        with torch.no_grad():
+            log_p = model.model(input_ids=ids).logits[0].double().log_softmax(1)
+        nats += [-log_p[i, t] for i, t in enumerate(ids[0, 1:])]
+    assert perplexity(model, texts) == pytest.approx(float(torch.stack(nats).mean().exp()), rel=1e-4)
+
+
+# -- scores by hand ------------------------------------------------------------------------------------------------
+
+BC, BD, CC = [32, 66, 67], [32, 66, 68], [32, 67, 67]
+AFTER = Asked(
+    tokens={
+        "reliability": [[BC], [[32, 49, 0]]],
+        "generality": [[BD, [0, 0, 67]], []],
+        "reverse": [[[32, 68]], []],
+        "one_hop": [[[32, 0], [32, 70, 71]], []],
+        "unrelated": [[[32, 52], [9]], []],
+        "same_relation": [[[32, 91]], []],
+        "same_subject": [[], [[7]]],
+    },
+    texts={
+        "reliability": [["It is BC."], ["17, not 18"]],
+        "generality": [["bc", "BC or Eve"], []],
+        "reverse": [["D"], []],
+        "one_hop": [["E", "E"], []],
+        "unrelated": [["4", "x"], []],
+        "same_relation": [["Eve, Z"], []],
+        "same_subject": [[], ["y"]],
+    },
+)
+BEFORE = Asked(
+    tokens={
+        "unrelated": [[[32, 53], [9]], []],
+        "same_relation": [[[32, 90]], []],
+        "same_subject": [[], [[7]]],
+    },
+    texts={"unrelated": [["4", "z"], []], "same_relation": [["Eve, Z"], []], "same_subject": [[], ["n"]]},
+)
+
+
+def test_scores_by_hand() -> None:
+    assert scores(editable(), [ONE, TWO], AFTER, BEFORE) == pytest.approx(
+        {
+            "reliability": (1 + 2 / 3) / 2,
+            "reliability_free": (1 + 0) / 2,  # 18 is the old answer
+            "generality": (2 / 3 + 1 / 3) / 2,  # one edit has paraphrases: the mean is over that alone
+            "generality_free": (1 + 0) / 2,
+            "reverse": 1.0,
+            "reverse_free": 1.0,
+            "one_hop": (1 / 2 + 1) / 2,
+            "one_hop_free": 1 / 2,
+            "unrelated": 1.0,  # of two questions one has an answer
+            "unrelated_free": 1.0,
+            "unrelated_agreement": (1 / 2 + 1) / 2,
+            "unrelated_free_agreement": 1 / 2,
+            "same_relation": 1 / 2,
+            "same_relation_free": 1.0,  # the old answer is that of another question
+            "same_relation_agreement": 1 / 2,
+            "same_relation_free_agreement": 1.0,
+            "same_subject_agreement": 1.0,
+            "same_subject_free_agreement": 0.0,
+        }
+    )
+
+
+def test_edits_count_alike_however_many_questions_they_have() -> None:
+    asked = Asked({"generality": [[BC, BC, CC], [[32, 0, 0]]]})
+    three = Edit("?", "BC", paraphrases=("1", "2", "3"))
+    one = Edit("?", "17", paraphrases=("4",))
+    assert scores(editable(), [three, one], asked, Asked({})) == {
+        "generality": pytest.approx(((1 + 1 + 2 / 3) / 3 + 1 / 3) / 2)
+    }
+
+
+def test_retention_is_each_edits_own() -> None:
+    assert retention(editable(), [ONE, TWO], AFTER) == pytest.approx([1.0, 2 / 3])
+    assert retention(editable(), [TWO, ONE], Asked({"reliability": [[[0, 0, 55]], [CC]]})) == pytest.approx(
+        [1 / 3, 2 / 3]
+    )
+
+
+# -- asked of a model ----------------------------------------------------------------------------------------------
+
+
+def state(model: EditableModel) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in model.model.state_dict().items()}
+
+
+def test_asking_changes_nothing_and_says_the_same_twice() -> None:
+    model = editable()
+    before, drawn = state(model), torch.get_rng_state()
+    one = ask(model, [ONE, TWO], batch_size=3)
+    assert one == ask(model, [ONE, TWO], batch_size=3) == ask(model, [ONE, TWO])
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(t, before[name]) for name, t in state(model).items())
+    assert not model.model.training
+    assert set(one.tokens) == set(one.texts) == set(GROUPS)
+    assert [len(own) for own in one.tokens["generality"]] == [2, 0]
+    assert [len(t) for t in one.tokens["unrelated"][0]] == [2, 1], "of what has no answer one token is compared"
+    found = scores(model, [ONE, TWO], one, one)
+    for group in LOCAL:
+        assert found[f"{group}_agreement"] == 1
+        assert found[f"{group}_free_agreement"] == 1
+    assert all(0 <= value <= 1 for value in found.values())
+
+
+def test_the_likeliest_tokens_are_those_of_transformers() -> None:
+    model = editable()
+    asked = ask(model, [ONE], free=False, groups=("reliability", "unrelated"))
+    assert asked.texts == {}
+    assert set(asked.tokens) == {"reliability", "unrelated"}
+    for prompt, answer, found in (
+        (ONE.prompt, b" BC", asked.tokens["reliability"][0][0]),
+        ("What is 2 + 2?", b" 4", asked.tokens["unrelated"][0][0]),
+        ("Where?", b"?", asked.tokens["unrelated"][0][1]),
+    ):
+        ids = torch.tensor([[*prompt.encode(), *answer]])
+        best = model.model(input_ids=ids).logits[0].argmax(1)
+        assert found == best[len(prompt) - 1 : -1].tolist()
+    free = ask(model, [ONE], groups=("reliability",)).texts
+    assert free == {"reliability": [model.answer([ONE.prompt], max_new_tokens=24)]}
+
+
+def test_another_model_agrees_less() -> None:
+    model = editable()
+    before = ask(model, [ONE, TWO])
+    site = model.down_projection(1)
+    noise = torch.randn(site.weight.shape, generator=torch.Generator().manual_seed(0))
+    WeightPatch("noise", {}, {site.path: Delta(dense=noise)}).apply(model)
+    found = scores(model, [ONE, TWO], ask(model, [ONE, TWO]), before)
+    assert found["unrelated_agreement"] < 1
+    assert found["unrelated_free_agreement"] < 1
+
+
+def test_what_the_model_says_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose next token depends on the last alone: behind a question comes `` BC``."""
+    model = editable()
+    follows = torch.zeros(257, dtype=torch.int64)
+    for one, two in zip(b"? B", b" BC", strict=True):
+        follows[one] = two
+    said = lambda rows, batch_size=32: nn.functional.one_hot(follows[rows.ids[rows.said]], 257).float()  # noqa: E731
+    monkeypatch.setattr(model, "logits", said)
+    asked = ask(model, [ONE], free=False)
+    assert asked.tokens["reliability"] == [[BC]]
+    found = scores(model, [ONE], asked, asked)
+    assert found["reliability"] == found["generality"] == 1
+    assert found["reverse"] == 1 / 2, "the blank is right, the rest is not"
+
+
+def test_without_edits_there_is_nothing() -> None:
+    model = editable()
+    assert ask(model, []) == Asked({})
+    assert scores(model, [], Asked({}), Asked({})) == {}

@@ -1,0 +1,333 @@
+"""A model whose facts are edited: its parts by structure in six families, partial passes, batches and answers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cl_lab import hub
+from cl_lab.compat import import_torchvision
+from cl_lab.editable import EditableModel, Rows, Site, check_plain_residual
+from cl_lab.errors import ConfigError
+
+import_torchvision()  # in the way that does not fail where its operators are missing; Transformers reaches for it
+transformers: Any = importlib.import_module("transformers")
+
+BYTES = hub.load_tokenizer("bytes")
+WIDTH, LAYERS = 32, 4
+SHAPE: dict[str, Any] = {
+    "vocab_size": 257,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+}
+OF_GPT: dict[str, Any] = {"vocab_size": 257, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 2, "n_positions": 128}
+GROUPED = {**SHAPE, "num_key_value_heads": 1}
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "qwen2": lambda **own: transformers.Qwen2Config(**GROUPED, intermediate_size=72, **own),
+    "mistral": lambda **own: transformers.MistralConfig(**GROUPED, intermediate_size=72, sliding_window=6, **own),
+    "gpt2": lambda **own: transformers.GPT2Config(**OF_GPT, **own),
+    "gptj": lambda **own: transformers.GPTJConfig(**OF_GPT, rotary_dim=8, n_inner=72, **own),
+    "gpt-neox": lambda **own: transformers.GPTNeoXConfig(**SHAPE, intermediate_size=72, **own),
+    "gpt-neox-serial": lambda **own: transformers.GPTNeoXConfig(
+        **SHAPE, intermediate_size=72, use_parallel_residual=False, **own
+    ),
+}
+INNER = {"llama": 128, "gpt2": 128}
+FAMILIES = ["llama", *CONFIGS]
+family = pytest.mark.parametrize("name", FAMILIES)
+
+TEXTS = [("The capital of Peru", " Lima"), ("Q", " no"), ("Who wrote it, and when was that?", " B")]
+
+
+def editable(name: str = "llama", attention: str | None = None) -> EditableModel:
+    torch.manual_seed(3)
+    if name == "llama":
+        model = hub.tiny_causal_lm(vocabulary=257, layers=LAYERS, width=WIDTH, heads=2)
+    else:
+        config = CONFIGS[name](initializer_range=0.1, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():  # biases begin at 0, which would hide them
+            if parameter.dim() == 1:
+                nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return EditableModel(model, BYTES, name)
+
+
+def rows_of(model: EditableModel, texts: list[tuple[str, str]] = TEXTS) -> Rows:
+    return model.rows([(BYTES.encode(p), BYTES.encode(a)) for p, a in texts])
+
+
+def hooks(model: EditableModel) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.modules())
+
+
+def with_change(model: EditableModel, site: Site, rows: Rows, change: Tensor) -> Tensor:
+    """Logits of the whole model, as Transformers runs it, with ``change`` added to what the module puts out."""
+    handle = site.module.register_forward_hook(lambda _, args, out: out + change)
+    try:
+        with torch.no_grad():
+            out = model.model(input_ids=rows.ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    found: Tensor = out[rows.said]
+    return found
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_by_hand() -> None:
+    rows = editable().rows([([7, 8, 9], [1, 2]), ([5], [6])])
+    assert rows.ids.tolist() == [[7, 8, 9, 1, 2], [5, 6, 0, 0, 0]]
+    assert (rows.prompt.tolist(), rows.length.tolist()) == ([3, 1], [5, 2])
+    assert rows.labels.tolist() == [1, 2, 6]
+    assert rows.said.tolist() == [[False, False, True, True, False], [True, False, False, False, False]]
+    asked = [[False, True, True, False, False], [True, False, False, False, False]]
+    assert rows.asked.tolist() == asked, "a text's first token tells nothing, unless it is all there is"
+    second = rows.take(slice(1, 2))
+    assert second.ids.tolist() == [[5, 6]]
+    assert second.labels.tolist() == [6]
+
+
+class Chatty:
+    """Bytes with a chat template around them."""
+
+    end, size, key, can_chat = 256, 257, "chatty", True
+    encode, decode, encode_all = BYTES.encode, BYTES.decode, BYTES.encode_all
+
+    def chat(self, prompt: str) -> str:
+        return f"<user>{prompt}</user><bot>"
+
+
+def test_of_a_chat_only_what_was_said_counts() -> None:
+    model = EditableModel(editable().model, Chatty())
+    rows = model.rows([(model.encode_prompt("Why?", chat=True), [1]), (model.encode_prompt("Why?"), [1])])
+    own = [BYTES.decode(ids[asked].tolist()) for ids, asked in zip(rows.ids, rows.asked, strict=True)]
+    assert own == ["Why?", "hy?"]
+    assert BYTES.decode(model.encode_answer(" B ", chat=True)[:-1]) == "B"
+    assert model.encode_answer("B") == [*b" B", 256]
+    assert model.encode_answer("B", end=False) == [*b" B"]
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------
+
+
+@family
+def test_parts_are_found(name: str) -> None:
+    model = editable(name)
+    assert len(model.layers) == LAYERS
+    for layer in range(LAYERS):
+        site = model.down_projection(layer)
+        assert tuple(site.weight.shape) == (WIDTH, INNER.get(name, 72))
+        assert model.layer_of(site.path) == layer
+        assert model.model.get_submodule(site.path) is site.module
+        check_plain_residual(model, site)
+    assert hooks(model) == 0
+
+
+@family
+def test_a_weight_is_out_by_in(name: str) -> None:
+    model = editable(name)
+    site = model.down_projection(1)
+    x = torch.randn(2, site.weight.shape[1])
+    bias = site.module.bias
+    expected = x @ site.weight.T + (0 if bias is None else bias)
+    assert torch.allclose(site.module(x), expected, atol=1e-5)
+    site.weight[0, 0] = 5.0
+    assert model.down_projection(1).weight[0, 0] == 5, "it is a view"
+
+
+@family
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layer", [0, 2, LAYERS - 1])
+def test_the_part_above_is_that_of_the_whole(name: str, attention: str, layer: int) -> None:
+    model = editable(name, attention)
+    site, rows = model.down_projection(layer), rows_of(model)
+    at = model.above(rows, site)
+    assert tuple(at.inputs.shape) == (*rows.ids.shape, site.weight.shape[1])
+    plain = model.logits(rows)
+    assert torch.allclose(at.logits(), plain, atol=1e-4)
+    for seed in range(2):  # again and again, in any order
+        change = torch.randn(*rows.ids.shape, WIDTH, generator=torch.Generator().manual_seed(seed))
+        found = at.logits(change)
+        assert torch.allclose(found, with_change(model, site, rows, change), atol=1e-4)
+        assert not torch.allclose(found, plain, atol=1e-2)
+    assert torch.allclose(at.logits(torch.zeros_like(change)), plain, atol=1e-4)
+    assert hooks(model) == 0
+
+
+def test_a_change_of_the_output_is_learnt_through_the_part_above() -> None:
+    model = editable()
+    site, rows = model.down_projection(1), rows_of(model)
+    change = torch.zeros(*rows.ids.shape, WIDTH, requires_grad=True)
+    (model.above(rows, site).logits(change).logsumexp(1).sum()).backward()
+    assert change.grad is not None
+    reach = torch.arange(rows.ids.shape[1])[None] < rows.length[:, None] - 1
+    assert (change.grad[reach].abs().sum(1) > 0).all()
+    assert not change.grad[~reach].any(), "nothing comes from the padding, nor from a text's last token"
+    assert all(p.grad is None and not p.requires_grad for p in model.model.parameters())
+
+
+@family
+def test_what_reaches_a_site_is_kept_for_each_row(name: str) -> None:
+    model = editable(name)
+    sites, rows = [model.down_projection(n) for n in (2, 0)], rows_of(model)
+    found = model.inputs(rows, sites, batch_size=2)
+    for site in sites:
+        whole = model.above(rows, site).inputs
+        assert [len(h) for h in found[site.path]] == rows.length.tolist()
+        for own, row in zip(found[site.path], whole, strict=True):
+            assert torch.allclose(own, row[: len(own)], atol=1e-5)
+    assert hooks(model) == 0
+
+
+class Halved(nn.Module):
+    """A feed-forward part whose output counts half."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, h: Tensor) -> Tensor:
+        out: Tensor = self.inner(h) / 2
+        return out
+
+
+def test_a_layer_that_changes_the_output_is_told() -> None:
+    model = editable()
+    model.model.model.layers[1].mlp = Halved(model.model.model.layers[1].mlp)
+    check_plain_residual(model, model.down_projection(0))
+    with pytest.raises(ConfigError, match=r"^module = 'model\.layers\.1\.mlp\.inner\.down_proj': its layer .* changes"):
+        check_plain_residual(model, model.down_projection(1))
+    assert hooks(model) == 0
+
+
+# -- batches -------------------------------------------------------------------------------------------------------
+
+
+@family
+def test_padding_does_not_matter(name: str) -> None:
+    model = editable(name)
+    together = model.logits(rows_of(model))
+    alone = torch.cat([model.logits(rows_of(model, [text])) for text in TEXTS])
+    assert torch.allclose(together, alone, atol=1e-4)
+    assert torch.allclose(together, model.logits(rows_of(model), batch_size=2), atol=1e-4)
+
+
+@family
+def test_logits_are_those_of_transformers(name: str) -> None:
+    model = editable(name)
+    p, a = TEXTS[0]
+    ids = BYTES.encode(p + a)
+    with torch.no_grad():
+        whole = model.model(input_ids=torch.tensor([ids])).logits[0]
+    expected = whole[len(p) - 1 : -1]
+    assert torch.allclose(model.logits(rows_of(model, [(p, a)])), expected, atol=1e-4)
+
+
+# -- answers -------------------------------------------------------------------------------------------------------
+
+
+def naive(model: EditableModel, prompt: str, budget: int) -> str:
+    """One text at a time, without a cache."""
+    ids, said = BYTES.encode(prompt), list[int]()
+    for _ in range(budget):
+        with torch.no_grad():
+            token = int(model.model(input_ids=torch.tensor([ids + said]), use_cache=False).logits[0, -1].argmax())
+        if token == BYTES.end:
+            break
+        said.append(token)
+        if token == ord("\n"):
+            break
+    return BYTES.decode(said).partition("\n")[0].strip()
+
+
+@family
+def test_an_answer_is_what_a_plain_loop_says(name: str) -> None:
+    model = editable(name)
+    prompts = ["The capital of Peru is", "Q", "Who wrote it, and when was that?", "Two", "Some more words"]
+    found = model.answer(prompts, max_new_tokens=10, batch_size=3)
+    assert found == [naive(model, p, 10) for p in prompts]
+    assert len(set(found)) > 2, "the prompts matter"
+    assert model.answer(prompts, max_new_tokens=10, batch_size=5) == found, "asking twice, in other batches"
+    assert hooks(model) == 0
+
+
+def scripted(model: EditableModel, *scripts: str | list[int]) -> list[int]:
+    """Let the model say ``scripts``, one for each row of a batch; what it gives back counts the passes."""
+    lines = [list(s.encode()) if isinstance(s, str) else s for s in scripts]
+    passes: list[int] = []
+
+    def say(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+        tokens = [line[min(len(passes), len(line) - 1)] for line in lines]
+        passes.append(len(out))
+        return nn.functional.one_hot(torch.tensor(tokens), out.shape[-1]).float()
+
+    model.model.get_output_embeddings().register_forward_hook(say)
+    return passes
+
+
+def test_an_answer_ends_with_its_line_or_the_end_token() -> None:
+    model = editable()
+    passes = scripted(model, " Lima\nQ", [*b" B", 256, *b"more"], "\nA")
+    assert model.answer(["Why?", "x", "And?"], max_new_tokens=20) == ["Lima", "B", ""]
+    assert len(passes) == 6, "it stops where the last row does"
+
+
+def test_an_answer_keeps_to_its_budget() -> None:
+    model = editable()
+    passes = scripted(model, "abcdefgh")
+    assert model.answer(["Why?"], max_new_tokens=4) == ["abcd"]
+    assert len(passes) == 4
+    assert model.answer([]) == []
+
+
+def test_an_answer_in_a_chat_may_have_lines() -> None:
+    model = EditableModel(editable().model, Chatty())
+    scripted(model, [*b"One.\nTwo.", 256])
+    assert model.answer(["Why?"], chat=True) == ["One.\nTwo."]
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------
+
+
+def refused(act: Callable[[], object], *parts: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        act()
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value), caught.value
+
+
+def test_what_is_not_there_is_told_on_one_line() -> None:
+    model = editable()
+    for layer in (-1, LAYERS):
+        refused(lambda layer=layer: model.down_projection(layer), f"layer = {layer}: model 'llama' has layers 0 to 3")
+    path = "model.layers.1.mlp.down_proj"
+    refused(lambda: model.site(f"{path}s"), f"module = '{path}s': names nothing in", f"did you mean '{path}'?")
+    refused(lambda: model.site("model.layers.1.mlp"), "is no linear layer of model 'llama'")
+    refused(lambda: model.site("model.layers"), "is no linear layer of model 'llama'")
+    refused(lambda: model.layer_of("lm_head"), "module = 'lm_head': lies in none of the layers model.layers.0 to")
+    refused(lambda: model.layer_of("model.layers.9.mlp.down_proj"), "lies in none of the layers")
+
+
+def test_a_model_without_the_parts_is_told_on_one_line() -> None:
+    refused(lambda: EditableModel(nn.Linear(2, 2), BYTES, "flat"), "model 'flat': holds no list of layers")
+    model = editable()
+    model.model.config.intermediate_size = 99
+    refused(lambda: model.down_projection(0), "no linear layer from 99 to 32 values", "name the module by its path")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cl_lab.editable._NORMS", ("absent",))
+        model = editable()
+        refused(
+            lambda: model.above(rows_of(model), model.down_projection(0)),
+            "no normalisation is found behind its layers (of absent)",
+        )

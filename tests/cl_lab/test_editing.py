@@ -1,0 +1,149 @@
+"""``cl-lab edit score`` as a user types it, on a tiny model: what it says and refuses, and that it goes on if stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cl_lab import cli, edit_scores
+from cl_lab.editing import load_editable, score_facts
+from cl_lab.errors import ConfigError, DataError, EditError
+from cl_lab.facts import Edit
+from strategies.ft_m import FTM
+
+FACTS = [
+    {"prompt": "A is", "answer": "x", "paraphrases": ["What is A?"], "unrelated": [["Say", "no"]]},
+    {"prompt": "B is", "answer": "y", "old": "z"},
+    {"prompt": "C is", "answer": "w"},
+]
+KNOBS = {"name": "ft-m", "lr": 0.02, "steps": 60, "contexts": 0, "layer": 1}
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> Path:
+    file = tmp_path / "facts.jsonl"
+    file.write_text("\n".join(map(json.dumps, FACTS)) + "\n")
+    return file
+
+
+def scored(facts: Path, out: Path, **more: Any) -> dict[str, Any]:
+    return score_facts("tiny", more.pop("editor", KNOBS), facts, out, **more)
+
+
+def timeless(document: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in document.items() if k != "seconds_per_edit"}
+
+
+def test_says_what_held_and_what_moved(facts: Path, tmp_path: Path) -> None:
+    document = scored(facts, tmp_path / "out")
+    before, after = document["before"], document["after"]
+    assert before["reliability"] < 0.5 <= after["reliability"] <= 1
+    assert len(document["retention"]) == 3
+    assert document["retention"][-1] == 1, "what was edited last holds"
+    assert before["unrelated_agreement"] == 1 >= after["unrelated_agreement"]
+    assert {"reliability_free", "generality", "generality_free", "unrelated_free_agreement"} <= after.keys()
+    assert after["perplexity"] != before["perplexity"]
+    assert document["bytes_per_edit"] == 32 * 128 * 4
+    assert sorted(p.name for p in (tmp_path / "out/patches").iterdir()) == ["000000", "000001", "000002"]
+    assert json.loads((tmp_path / "out/run.json").read_text()) == document
+
+
+def test_edits_of_a_batch_share_a_patch(facts: Path, tmp_path: Path) -> None:
+    document = scored(facts, tmp_path / "out", batch_size=2, free=False)
+    assert [p.name for p in sorted((tmp_path / "out/patches").iterdir())] == ["000000", "000001"]
+    assert document["after"]["reliability"] > 0.5
+    assert "reliability_free" not in document["after"]
+
+
+def test_goes_on_behind_the_last_whole_patch(facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scored(facts, tmp_path / "whole")
+    scored(facts, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/patches/000002")
+    scratch = tmp_path / "out/patches/.000002"  # of a process that was killed while it wrote
+    scratch.mkdir()
+    (scratch / "patch.safetensors").write_bytes(b"half")
+    asked = []
+    propose = FTM.propose
+    monkeypatch.setattr(
+        FTM, "propose", lambda self, model, edits, earlier: asked.append(edits) or propose(self, model, edits, earlier)
+    )
+    again = scored(facts, tmp_path / "out")
+    assert len(asked) == 1, "two patches were read, one was made"
+    assert timeless(again) == timeless(whole)
+    for n in range(3):
+        one, two = (tmp_path / f"{run}/patches/{n:06d}/patch.safetensors" for run in ("whole", "out"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_an_edit_that_cannot_be_made_is_left_out(facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    propose = FTM.propose
+
+    def sometimes(self: FTM, model: Any, edits: Any, earlier: Any) -> Any:
+        if edits[0].prompt == "B is":
+            raise EditError("ft-m: 'B is': the loss became nan; the model is as it was")
+        return propose(self, model, edits, earlier)
+
+    monkeypatch.setattr(FTM, "propose", sometimes)
+    document = scored(facts, tmp_path / "out")
+    assert [r["prompt"] for r in document["refused"]] == ["B is"]
+    assert document["retention"][1] < 1 == document["retention"][2]
+
+
+def test_a_loss_that_is_not_finite_leaves_the_model_alone() -> None:
+    model = load_editable("tiny")
+    before = {n: v.clone() for n, v in model.model.state_dict().items()}
+    with pytest.raises(EditError, match="the model is as it was"):
+        FTM(lr=1e37, layer=1, stop_at=1.0).propose(model, [Edit("A is", "x")])
+    assert all(torch.equal(v, before[n]) for n, v in model.model.state_dict().items())
+    assert not model.patches
+
+
+def test_refuses_the_folder_of_another_run(facts: Path, tmp_path: Path) -> None:
+    scored(facts, tmp_path / "out", limit=1, free=False)
+    with pytest.raises(ConfigError, match=r"another edits \(1, asked for 2\)|another sha256"):
+        scored(facts, tmp_path / "out", limit=2, free=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="no run of edits"):
+        scored(facts, tmp_path / "other")
+
+
+def test_a_bad_line_stops_all_unless_asked(facts: Path, tmp_path: Path) -> None:
+    facts.write_text(facts.read_text() + '{"prompt": "D is", "answer": ""}\n')
+    with pytest.raises(DataError, match=r"facts\.jsonl:4"):
+        scored(facts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    document = scored(facts, tmp_path / "out", skip_bad=True, free=False)
+    assert document["edits"] == 3
+    assert [b["place"].rpartition(":")[2] for b in document["bad"]] == ["4"]
+
+
+def test_scoring_twice_gives_the_same_and_changes_nothing() -> None:
+    model = load_editable("tiny")
+    edits = [Edit.from_json({"prompt": f["prompt"], "answer": f["answer"]}) for f in FACTS]
+    FTM(lr=0.02, layer=1, contexts=0).propose(model, edits).apply(model)
+    before = {n: v.clone() for n, v in model.model.state_dict().items()}
+    one, two = (edit_scores.ask(model, edits) for _ in range(2))
+    assert one == two
+    assert all(torch.equal(v, before[n]) for n, v in model.model.state_dict().items())
+
+
+def test_from_the_command_line(
+    facts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["edit", "score", str(facts), "lr=0.02", "steps=5", "--model", "tiny", "--editor", "ft-m", "--out"]
+    cli.app([*words, str(tmp_path / "one"), "--json"], standalone_mode=False)
+    document = json.loads(capsys.readouterr().out)
+    assert document["editor"] == {"name": "ft-m", "lr": 0.02, "steps": 5}
+    cli.app([*words, str(tmp_path / "two")], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "reliability of the oldest third" in shown
+    assert "3 edits of facts.jsonl in tiny by ft-m" in shown
+    for wrong, why in (("lr=fast", "lr"), ("learning=1", "learning"), ("lr", "key=value")):
+        with pytest.raises(ConfigError, match=why):
+            cli.app(["edit", "score", str(facts), wrong, "--model", "tiny", "--editor", "ft-m"], standalone_mode=False)
