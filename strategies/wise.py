@@ -55,7 +55,7 @@ class Wise(Editor):
     lr: float = knob(0.02, "learning rate; 1 for sgd", gt=0, le=1000)
     steps: int = knob(40, "steps for each patch, at most", ge=1)
     stop_at: float = knob(0.8, "stop when every token has this probability and the margins hold; 1: never", gt=0, le=1)
-    replay: int = knob(4, "earlier edits rehearsed in every step", ge=0)
+    replay: int = knob(2, "earlier edits rehearsed in every step", ge=0)
     contexts: int = knob(1, "beginnings put before each prompt in training", ge=0, le=8)
     chat: bool = knob(True, "also train the prompt as a chat's turn, where the model has a template")
     unrelated: int = knob(192, "unrelated prompts held away in training; others set the threshold", ge=1, le=256)
