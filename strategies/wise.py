@@ -49,8 +49,8 @@ class Wise(Editor):
     rho: float = knob(0.2, "ρ, the share of entries that a shard's mask leaves free", gt=0, le=1)
     edits_per_shard: int = knob(500, "edits before the next shard begins", ge=1)
     alpha: float = knob(0.1, "α in units of the layer's own output: unrelated prompts stay below", ge=0)
-    beta: float = knob(0.3, "β likewise: edits reach this", gt=0)
-    gamma: float = knob(0.2, "γ likewise: edits stay this far above unrelated prompts", ge=0)
+    beta: float = knob(0.4, "β likewise: edits reach this", gt=0)
+    gamma: float = knob(0.3, "γ likewise: edits stay this far above unrelated prompts", ge=0)
     optimizer: Literal["adam", "sgd"] = knob("adam", "what steps the free entries; the paper's is sgd")
     lr: float = knob(0.02, "learning rate; 1 for sgd", gt=0, le=1000)
     steps: int = knob(40, "steps for each patch, at most", ge=1)
@@ -214,8 +214,9 @@ def _with(before: Tensor, free: Tensor, values: Tensor) -> Tensor:
 
 
 def _over(excess: Tensor) -> Tensor:
-    """The mean of what exceeds 0. (Over those alone that do, as in the released code, few far ones drown the answer.)"""
-    return excess.clamp(min=0).mean()
+    """The mean of what exceeds 0, over those that do, as in the released code; 0 where none does."""
+    over = excess.clamp(min=0)
+    return over.sum() / (over.detach() > 0).sum().clamp(min=1)
 
 
 def _unit(away: tuple[Tensor, Tensor], site: Site) -> float:
