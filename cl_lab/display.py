@@ -27,6 +27,23 @@ class _Plain(logging.Formatter):
         return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
 
 
+def _started_bar(unit: str, *more: str) -> Any:
+    """A bar on stderr that counts ``unit`` and shows when it will be done; ``more`` are Rich's texts behind it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    counts = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*counts, *map(TextColumn, more), console=Console(stderr=True), transient=True)
+    bar.start()
+    return bar
+
+
 class StepProgress:
     """A progress bar with ETA over a run's optimiser steps; on a pipe or in CI it prints one line per experience.
 
@@ -42,20 +59,7 @@ class StepProgress:
 
     def __enter__(self) -> StepProgress:
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("steps"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[loss]}"),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._bar.start()
+            self._bar = _started_bar("steps", "{task.fields[loss]}")
         return self
 
     def __exit__(
@@ -116,12 +120,7 @@ class EditProgress:
 
     def __enter__(self) -> EditProgress:
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
+            self._bar = _started_bar("edits")
             self._task = self._bar.add_task("asking the model as it is", total=None)
         return self
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,7 @@ class Rows:
 
 @dataclass
 class Site:
-    """A linear layer inside the model. ``weight`` is ``[out, in]``, whatever way round the module keeps it."""
+    """A module and its path: a linear layer, whose ``weight`` is ``[out, in]`` however it is kept, or any other."""
 
     path: str
     module: Any
@@ -130,14 +130,13 @@ class EditableModel:
 
         Found by its shape. Raises :class:`ConfigError` for a layer that is not there, and where no module has the shape.
         """
-        if not 0 <= layer < len(self.layers):
-            raise ConfigError(f"layer = {layer}: model '{self.name}' has layers 0 to {len(self.layers) - 1}")
+        inside = self.layer(layer)
         config = self.model.config
         width = config.hidden_size
         inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
         found = [
             name
-            for name, module in self.layers[layer].named_modules()
+            for name, module in inside.module.named_modules()
             if _is_linear(module) and _shape(module) == (width, inner)
         ]
         if not found:
@@ -145,7 +144,13 @@ class EditableModel:
                 f"model '{self.name}': layer {layer} has no linear layer from {inner} to {width} values, as the end of a "
                 "feed-forward part would be; name the module by its path (module: model.layers.5.mlp.down_proj)"
             )
-        return self.site(f"{self.layers_path}.{layer}.{found[-1]}")
+        return self.site(f"{inside.path}.{found[-1]}")
+
+    def layer(self, index: int) -> Site:
+        """A whole layer, to listen to. Raises :class:`ConfigError` where there is none."""
+        if not 0 <= index < len(self.layers):
+            raise ConfigError(f"layer = {index}: model '{self.name}' has layers 0 to {len(self.layers) - 1}")
+        return Site(f"{self.layers_path}.{index}", self.layers[index])
 
     def layer_of(self, path: str) -> int:
         """The index of the layer that the module at ``path`` lies in. Raises :class:`ConfigError` where it lies in none."""
@@ -247,17 +252,17 @@ class EditableModel:
         some = list(self.layers[layer:])
         kwargs: list[dict[str, Any]] = []
         heard: dict[str, Tensor] = {}
-        handles = [
-            module.register_forward_pre_hook(lambda m, args, kw: kwargs.append(_named(m, args, kw)), with_kwargs=True)
-            for module in some
-        ]
-        handles.append(some[0].register_forward_hook(lambda _, args, out: heard.__setitem__("out", _first(out))))
-        try:
-            with _listening([site]) as inputs, self.prompts(rows.asked):
-                self.decoder(input_ids=rows.ids.to(self.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, _listening([site]) as inputs, self.prompts(rows.asked):
+            for module in some:
+                hooks.enter_context(
+                    module.register_forward_pre_hook(
+                        lambda m, args, kw: kwargs.append(_named(m, args, kw)), with_kwargs=True
+                    )
+                )
+            hooks.enter_context(
+                some[0].register_forward_hook(lambda _, args, out: heard.__setitem__("out", _first(out)))
+            )
+            self.decoder(input_ids=rows.ids.to(self.device), use_cache=False)
         norm = next((getattr(self.decoder, n) for n in _NORMS if hasattr(self.decoder, n)), None)
         if norm is None:
             raise ConfigError(
@@ -401,12 +406,11 @@ def check_plain_residual(model: EditableModel, site: Site) -> None:
     rows = model.rows([([1, 2, 3], [1])])
     at = model.above(rows, site)
     noise = torch.randn(1, 4, site.weight.shape[0], generator=torch.Generator().manual_seed(0)).to(at.out)
-    handle = site.module.register_forward_hook(lambda _, args, out: out + noise)
-    try:
+    with site.module.register_forward_hook(lambda _, args, out: out + noise):
         moved = model.above(rows, site).out
-    finally:
-        handle.remove()
-    if not torch.allclose(moved, at.out + noise, atol=1e-3):
+    if not torch.allclose(
+        moved, at.out + noise, atol=1e-3, equal_nan=True
+    ):  # what is broken, an editor's loss will tell
         raise ConfigError(
             f"module = '{site.path}': its layer of model '{model.name}' changes what the module puts out before it adds it; "
             "choose the down-projection of a Llama, Qwen, Mistral, GPT-2, GPT-J or GPT-NeoX model"
@@ -455,16 +459,14 @@ def _listening(sites: Sequence[Site], *, stop: bool = False) -> Iterator[Mapping
     heard: dict[str, Tensor] = {}
 
     def listen(path: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            heard[path] = args[0]
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any]) -> None:
+            heard[path] = args[0] if args else kwargs["hidden_states"]
             if stop and len(heard) == len(sites):
                 raise _AllHeard
 
         return hook
 
-    handles = [site.module.register_forward_pre_hook(listen(site.path)) for site in sites]
-    try:
+    with ExitStack() as hooks:
+        for site in sites:
+            hooks.enter_context(site.module.register_forward_pre_hook(listen(site.path), with_kwargs=True))
         yield heard
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -48,7 +47,7 @@ class Patch:
         self.check(model)
         model.patches.append(self)
         try:
-            self._rebuild(model)
+            self._rebuild(model, added=True)
         except BaseException:
             model.patches.pop()
             raise
@@ -61,8 +60,8 @@ class Patch:
     def check(self, model: EditableModel) -> None:
         """Raise :class:`DataError` where the patch does not fit ``model``."""
 
-    def _rebuild(self, model: EditableModel) -> None:
-        """Bring the model in line with ``model.patches``, as far as this kind of patch goes."""
+    def _rebuild(self, model: EditableModel, *, added: bool = False) -> None:
+        """Bring the model in line with its patches, as far as this kind goes; ``added``: only the last is new."""
 
     def rewrite(self, prompt: str, model: EditableModel) -> str:
         """The prompt to read in place of ``prompt``, as all of the model's patches of this kind want it."""
@@ -209,14 +208,14 @@ class WeightPatch(Patch):
                     f"patch of '{path}' changes {list(found)} weights, the model has {list(wanted)}; is it another model's?"
                 )
 
-    def _rebuild(self, model: EditableModel) -> None:
+    def _rebuild(self, model: EditableModel, *, added: bool = False) -> None:
         model.memo.clear()
         for path in self.changes:
             site = model.site(path)
             base = model.base.setdefault(path, site.weight.clone())
             changes = [p.changes[path] for p in model.patches if isinstance(p, WeightPatch) and path in p.changes]
             whole = model.sums.pop(path, None)
-            if whole is None or not model.patches or model.patches[-1] is not self:
+            if whole is None or not added:
                 whole = base.float().clone()  # something was taken away: all of it again
             else:
                 changes = changes[-1:]
@@ -382,7 +381,7 @@ class SidePatch(Patch):
                 f"patch of '{self.path}' has {len(self.values)} values for {int(mask.sum())} places; is it another model's?"
             )
 
-    def _rebuild(self, model: EditableModel) -> None:
+    def _rebuild(self, model: EditableModel, *, added: bool = False) -> None:
         mine = [p for p in model.patches if isinstance(p, SidePatch) and p.path == self.path]
         hook: SideMemory | None = _hang(
             model, f"side-memory:{self.path}", bool(mine), lambda: SideMemory(model, model.site(self.path))
@@ -519,7 +518,7 @@ class KeyPatch(Patch):
                 f"{wanted[1]} to {wanted[0]}; is it another model's?"
             )
 
-    def _rebuild(self, model: EditableModel) -> None:
+    def _rebuild(self, model: EditableModel, *, added: bool = False) -> None:
         mine = [p for p in model.patches if isinstance(p, KeyPatch) and p.path == self.path]
         hook: Codebook | None = _hang(
             model, f"codebook:{self.path}", bool(mine), lambda: Codebook(model, model.site(self.path))
@@ -632,31 +631,13 @@ def embed(texts: Sequence[str], model: EditableModel, layer: int, centre: Tensor
     return torch.nn.functional.normalize(raw, dim=1)
 
 
-class _Heard(Exception):
-    """The layer has been reached; what is behind it need not run."""
-
-
-@torch.no_grad()
 def raw_embeddings(texts: Sequence[str], model: EditableModel, layer: int) -> Tensor:
     """The mean ``[n, width]`` float32 over a text's tokens, but for its first, of the direction of what enters ``layer``.
 
     Each token counts alike, whatever its length: a few are far longer than the rest and say nothing of the text.
     """
-    heard: list[Tensor] = []
-
-    def listen(_: Any, args: Any, kwargs: Any) -> None:
-        heard.append(args[0] if args else kwargs["hidden_states"])
-        raise _Heard
-
-    handle = model.layers[layer].register_forward_pre_hook(listen, with_kwargs=True)
-    found = []
-    try:
-        for text in texts:
-            ids = model.tokenizer.encode(text)
-            with model.unrouted(), suppress(_Heard):
-                model.decoder(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-            h = torch.nn.functional.normalize(heard.pop()[0].float().cpu(), dim=1)
-            found.append(h[min(1, len(ids) - 1) :].mean(0))
-    finally:
-        handle.remove()
-    return torch.stack(found)
+    place = model.layer(layer)
+    with model.unrouted():
+        heard = model.inputs(model.rows([(model.tokenizer.encode(text), []) for text in texts]), [place])[place.path]
+    directions = [torch.nn.functional.normalize(h, dim=1) for h in heard]
+    return torch.stack([d[min(1, len(d) - 1) :].mean(0) for d in directions])

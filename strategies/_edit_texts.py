@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -124,12 +127,30 @@ def refuse_broken(value: Tensor, what: str) -> None:
         raise EditError(f"{what}: came to {float(value.detach())}; the model is as it was; lower the editor's lr")
 
 
-def refuse_worse(last: float, first: float, what: str) -> None:
-    """Raise :class:`EditError` where training on the answers left their loss no lower than it was."""
-    if not last < first:
+def descend(
+    losses: Callable[[], tuple[Tensor, Tensor, bool]], optimizer: torch.optim.Optimizer, steps: int, what: str
+) -> dict[str, Any]:
+    """Take up to ``steps`` steps; returns how many, and the answers' loss at the end, for a patch's notes.
+
+    ``losses`` gives the loss to step on, the answers' part of it, and whether that is good enough to stop. Raises
+    :class:`EditError`, with ``what`` before it, where a loss is not finite, or the answers' no lower than it was.
+    """
+    reached: list[float] = []
+    for step in range(steps + 1):
+        loss, answers, enough = losses()
+        refuse_broken(loss, what)
+        reached.append(float(answers.detach()))
+        if step == steps or enough:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if step and not reached[-1] < reached[0]:
         raise EditError(
-            f"{what}: the loss went from {first:.3g} to {last:.3g}; the model is as it was; lower the editor's lr"
+            f"{what}: the loss went from {reached[0]:.3g} to {reached[-1]:.3g}; the model is as it was; lower the "
+            "editor's lr"
         )
+    return {"steps": step, "loss": reached[-1]}
 
 
 def edit_site(model: EditableModel, layer: int | None, module: str | None, share: float) -> Site:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from cl_lab.editable import EditableModel, check_plain_residual
 from cl_lab.facts import Edit
@@ -14,7 +15,7 @@ from cl_lab.knobs import knob
 from cl_lab.patches import Delta, Patch, WeightPatch
 from cl_lab.protocols import Editor
 
-from ._edit_texts import edit_site, forms, refuse_broken, refuse_worse, row_loss
+from ._edit_texts import descend, edit_site, forms, row_loss
 
 
 @dataclass
@@ -43,24 +44,16 @@ class FTM(Editor):
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = edit_site(model, self.layer, self.module, 2 / 3)
         check_plain_residual(model, site)
-        what = f"ft-m: '{edits[0].prompt}'"
         chat = self.chat and model.tokenizer.can_chat
         at = model.above(model.rows([p for e in edits for p in forms(model, e, self.contexts, chat)]), site)
         labels, lengths = at.rows.labels.to(at.out.device), at.rows.length - at.rows.prompt
         delta = torch.zeros(site.weight.shape, device=at.out.device, requires_grad=True)
         optimizer = torch.optim.Adam([delta], lr=self.lr)
-        inputs, losses = at.inputs.float(), []
-        for step in range(self.steps + 1):
+        inputs = at.inputs.float()
+
+        def losses() -> tuple[Tensor, Tensor, bool]:
             rows, likely = row_loss(at.logits(inputs @ delta.T), labels, lengths)
-            loss = rows.mean()
-            refuse_broken(loss, what)
-            losses.append(float(loss.detach()))
-            if step == self.steps or float(likely.min()) >= self.stop_at:
-                break
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        if step:
-            refuse_worse(losses[-1], losses[0], what)
-        notes = {"steps": step, "loss": losses[-1], "edits": len(edits)}
+            return rows.mean(), rows.mean(), float(likely.min()) >= self.stop_at
+
+        notes = descend(losses, optimizer, self.steps, f"ft-m: '{edits[0].prompt}'") | {"edits": len(edits)}
         return WeightPatch("ft-m", notes, {site.path: Delta(dense=delta.detach().cpu())})

@@ -16,7 +16,7 @@ from cl_lab.knobs import knob
 from cl_lab.patches import KeyPatch, Patch
 from cl_lab.protocols import Editor
 
-from ._edit_texts import edit_site, forms, refuse_broken, row_loss, unrelated_prompts
+from ._edit_texts import descend, edit_site, forms, refuse_broken, row_loss, unrelated_prompts
 
 
 @dataclass
@@ -97,18 +97,13 @@ class Grace(Editor):
         values = torch.zeros(len(rows), width, device=at.out.device, requires_grad=True)
         # A coordinate's share of the output's length: one knob fits layers of any size and width.
         optimizer = torch.optim.Adam([values], lr=self.lr * unit / width**0.5)
-        steps = 0
-        while True:
-            losses, likely = row_loss(at.logits(behind * values[:, None]), labels, lengths)
-            loss = losses.sum()  # the rows have nothing in common
-            refuse_broken(loss, f"grace: '{edits[0].prompt}'")
-            if steps == self.steps or float(likely.min()) >= self.stop_at:
-                break
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            steps += 1
-        return values.detach(), {"steps": steps, "loss": float(losses.detach().mean())}
+
+        def losses() -> tuple[Tensor, Tensor, bool]:
+            each, likely = row_loss(at.logits(behind * values[:, None]), labels, lengths)
+            return each.sum(), each.mean(), float(likely.min()) >= self.stop_at  # the rows have nothing in common
+
+        notes = descend(losses, optimizer, self.steps, f"grace: '{edits[0].prompt}'")
+        return values.detach(), notes
 
 
 def last_asked(inputs: Tensor, rows: Rows) -> Tensor:

@@ -53,8 +53,6 @@ class PromptMemory(Editor):
         if "{answer}" not in self.template:
             raise ConfigError(f"template = '{self.template}': has no {{answer}}; give one like '{{prompt}} {{answer}}'")
         layer = round(len(model.layers) / 4) if self.layer is None else self.layer
-        if layer >= len(model.layers):
-            raise ConfigError(f"layer = {layer}: model '{model.name}' has layers 0 to {len(model.layers) - 1}")
         away = self._unrelated(model, layer)
         centre = away.mean(0)
         keys = embed([e.prompt for e in edits], model, layer, centre)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -219,12 +219,10 @@ def _tapped(sites: Sequence[Site], changes: Mapping[str, Delta]) -> Iterator[Map
 
         return hook
 
-    handles = [site.module.register_forward_hook(tap(site.path)) for site in sites]
-    try:
+    with ExitStack() as hooks:
+        for site in sites:
+            hooks.enter_context(site.module.register_forward_hook(tap(site.path)))
         yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _added(one: Delta, two: Delta) -> Delta:

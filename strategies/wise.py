@@ -17,7 +17,7 @@ from cl_lab.knobs import knob
 from cl_lab.patches import Patch, SidePatch, activation_gap, packed, shard_change, unpacked
 from cl_lab.protocols import Editor
 
-from ._edit_texts import edit_site, forms, refuse_broken, refuse_worse, row_loss, unrelated_prompts
+from ._edit_texts import descend, edit_site, forms, row_loss, unrelated_prompts
 
 
 @dataclass
@@ -142,9 +142,9 @@ class Wise(Editor):
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.SGD
         optimizer = kind([values], lr=self.lr)
         inputs, labels = at.inputs.float(), at.rows.labels.to(before.device)
-        lengths, what = at.rows.length - at.rows.prompt, f"wise: '{edits[0].prompt}'"
-        losses = []
-        for step in range(self.steps + 1):
+        lengths = at.rows.length - at.rows.prompt
+
+        def losses() -> tuple[Tensor, Tensor, bool]:
             change = _with(before, free, values)
             with torch.autocast(before.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 logits = at.logits(inputs @ change.T)
@@ -153,19 +153,14 @@ class Wise(Editor):
             if known is not None:
                 gap = torch.cat([gap, activation_gap(change, *known)])
             margin = _over(far - alpha) + _over(beta - gap) + _over(gamma - (gap[:, None] - far))
-            loss = rows[:new].mean() + margin
+            answers = rows[:new].mean()
+            loss = answers + margin
             if len(rows) > new:
                 loss = loss + rows[new:].mean()
-            refuse_broken(loss, what)
-            losses.append(float(rows[:new].detach().mean()))
-            if step == self.steps or (float(likely.min()) >= self.stop_at and float(margin.detach()) <= 0.01 * unit):
-                break
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        if step:
-            refuse_worse(losses[-1], losses[0], what)
-        return values.detach(), {"steps": step, "loss": losses[-1]}
+            return loss, answers, float(likely.min()) >= self.stop_at and float(margin.detach()) <= 0.01 * unit
+
+        notes = descend(losses, optimizer, self.steps, f"wise: '{edits[0].prompt}'")
+        return values.detach(), notes
 
 
 def unrelated_inputs(model: EditableModel, site: Site, texts: tuple[str, ...], chat: bool) -> tuple[Tensor, Tensor]:

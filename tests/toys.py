@@ -224,6 +224,16 @@ def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
     return [n for n in a if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n])]
 
 
+def written(next_token: Callable[[list[int]], int], end: int, budget: int) -> list[int]:
+    """What is said one token after another, ``next_token`` given those before: to the end, a line's end, or the budget."""
+    said: list[int] = []
+    while len(said) < budget and (token := next_token(said)) != end:
+        said.append(token)
+        if token == ord("\n"):
+            break
+    return said
+
+
 def assert_same(one: Trainer, two: Trainer) -> None:
     """Two runs came out the same, bit for bit: scores, losses, measures, weights, and what the strategies hold."""
     assert one.record.matrix == two.record.matrix

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cl_lab import hub
 from cl_lab.edit_scores import GROUPS, LOCAL, Asked, ask, is_right, ngram_entropy, normal, perplexity, retention, scores
-from cl_lab.editable import EditableModel
+from cl_lab.editable import EditableModel, Rows
 from cl_lab.facts import Edit, Probe
 from cl_lab.patches import Delta, WeightPatch
 
@@ -256,7 +256,10 @@ def test_what_the_model_says_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> 
     follows = torch.zeros(257, dtype=torch.int64)
     for one, two in zip(b"? B", b" BC", strict=True):
         follows[one] = two
-    said = lambda rows, batch_size=32: nn.functional.one_hot(follows[rows.ids[rows.said]], 257).float()  # noqa: E731
+
+    def said(rows: Rows, batch_size: int = 32) -> Tensor:
+        return nn.functional.one_hot(follows[rows.ids[rows.said]], 257).float()
+
     monkeypatch.setattr(model, "logits", said)
     asked = ask(model, [ONE], free=False)
     assert asked.tokens["reliability"] == [[BC]]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import toys
 from torch import Tensor, nn
 
 from cl_lab import hub
@@ -238,15 +239,13 @@ def test_logits_are_those_of_transformers(name: str) -> None:
 
 def naive(model: EditableModel, prompt: str, budget: int) -> str:
     """One text at a time, without a cache."""
-    ids, said = BYTES.encode(prompt), list[int]()
-    for _ in range(budget):
+    ids = BYTES.encode(prompt)
+
+    def likeliest(said: list[int]) -> int:
         with torch.no_grad():
-            token = int(model.model(input_ids=torch.tensor([ids + said]), use_cache=False).logits[0, -1].argmax())
-        if token == BYTES.end:
-            break
-        said.append(token)
-        if token == ord("\n"):
-            break
+            return int(model.model(input_ids=torch.tensor([ids + said]), use_cache=False).logits[0, -1].argmax())
+
+    said = toys.written(likeliest, BYTES.end, budget)
     return BYTES.decode(said).partition("\n")[0].strip()
 
 

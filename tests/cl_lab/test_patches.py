@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import toys
 from torch import Tensor
 
 from cl_lab import hub
@@ -433,14 +434,8 @@ def test_an_answer_that_is_given_does_not_choose_the_route() -> None:
 
 def loop(model: EditableModel, text: str, budget: int) -> str:
     """What full passes say, each of which asks the prompt's tokens only."""
-    ids, said = model.read_prompt(text), list[int]()
-    while len(said) < budget:
-        token = int(model.logits(model.rows([(ids, [*said, 0])]))[-1].argmax())
-        if token == BYTES.end:
-            break
-        said.append(token)
-        if token == ord("\n"):
-            break
+    ids = model.read_prompt(text)
+    said = toys.written(lambda said: int(model.logits(model.rows([(ids, [*said, 0])]))[-1].argmax()), BYTES.end, budget)
     return BYTES.decode(said).partition("\n")[0].strip()
 
 
