@@ -246,29 +246,54 @@ class EditableModel:
         return found
 
     @torch.no_grad()
-    def above(self, rows: Rows, site: Site) -> Above:
-        """What it takes to run ``rows`` through the layers from ``site`` on, again and again, with its output changed."""
+    def above(self, rows: Rows, site: Site, *, from_prompt_end: bool = False) -> Above:
+        """What it takes to run ``rows`` through the layers from ``site`` on, again and again, with its output changed.
+
+        ``from_prompt_end``: only their tokens from the prompt's last own one on (``rows.until - 1``), with what is before
+        them read once and for all: for changes that begin there, and several times as fast. The :class:`Above` then has
+        ``rows`` of these tokens alone.
+        """
         layer = self.layer_of(site.path)
         some = list(self.layers[layer:])
         kwargs: list[dict[str, Any]] = []
         heard: dict[str, Tensor] = {}
-        with ExitStack() as hooks, _listening([site]) as inputs, self.prompts(rows.asked):
+        ids, more, past = rows.ids, {"use_cache": False}, None
+        if from_prompt_end and int((rows.until - 1).max()):
+            rows, more = self._read_heads(rows)
+            ids, past = rows.ids[:, :-1], _Past(more["past_key_values"])  # nothing follows a text's last token
+        with ExitStack() as hooks, _listening([site]) as inputs, self.prompts(rows.asked[:, : ids.shape[1]]):
             for module in some:
                 hooks.enter_context(
                     module.register_forward_pre_hook(
-                        lambda m, args, kw: kwargs.append(_named(m, args, kw)), with_kwargs=True
+                        lambda m, args, kw: kwargs.append(_named(m, args, kw, past)), with_kwargs=True
                     )
                 )
             hooks.enter_context(
                 some[0].register_forward_hook(lambda _, args, out: heard.__setitem__("out", _first(out)))
             )
-            self.decoder(input_ids=rows.ids.to(self.device), use_cache=False)
+            self.decoder(input_ids=ids.to(self.device), **more)
         norm = next((getattr(self.decoder, n) for n in _NORMS if hasattr(self.decoder, n)), None)
         if norm is None:
             raise ConfigError(
                 f"model '{self.name}': no normalisation is found behind its layers (of {', '.join(_NORMS)})"
             )
         return Above(self, rows, inputs[site.path], heard["out"], some[1:], kwargs[1:], norm)
+
+    def _read_heads(self, rows: Rows) -> tuple[Rows, dict[str, Any]]:
+        """The rows' tokens from ``until - 1`` on as rows of their own, and how to go on with them behind those before."""
+        head = rows.until - 1
+        cache, most = new_cache(), int(head.max())
+        with self.prompts(rows.asked[:, :most]):
+            self.decoder(input_ids=rows.ids[:, :most].to(self.device), past_key_values=cache, use_cache=True)
+        length = rows.length - head
+        width = int(length.max())
+        places = torch.arange(width)[None] + head[:, None]
+        inside = torch.minimum(places, rows.length[:, None] - 1)
+        ids = torch.where(places < rows.length[:, None], rows.ids.gather(1, inside), 0)
+        some = Rows(ids, rows.prompt - head, length, torch.zeros_like(head), torch.ones_like(head))
+        mask = torch.cat([torch.arange(most)[None] < head[:, None], torch.ones(len(rows), width - 1)], 1)
+        more = {"attention_mask": mask.long(), "position_ids": inside[:, :-1]}
+        return some, {k: v.to(self.device) for k, v in more.items()} | {"past_key_values": cache, "use_cache": True}
 
     @contextmanager
     def prompts(self, asked: Tensor) -> Iterator[None]:
@@ -379,7 +404,7 @@ class Above:
     _said: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self._said = self.rows.said.to(self.out.device)
+        self._said = self.rows.said[:, : self.out.shape[1]].to(self.out.device)
 
     def hidden(self, change: Tensor | None = None) -> Tensor:
         """Final hidden states ``[N, width]`` at the answers' places, ``change`` ``[B, T, width]`` added to the output."""
@@ -396,7 +421,7 @@ class Above:
     @property
     def asked(self) -> Tensor:
         """``[B, T]`` bool: the prompts' tokens."""
-        return self.rows.asked.to(self.out.device)
+        return self.rows.asked[:, : self.out.shape[1]].to(self.out.device)
 
 
 def check_plain_residual(model: EditableModel, site: Site) -> None:
@@ -437,16 +462,32 @@ def _shape(module: Any) -> tuple[int, int]:
     return (out, into) if isinstance(module, nn.Linear) else (into, out)
 
 
-def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a layer was called with beside the hidden states and a cache, by name; GPT-2's gets its mask by place."""
+def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], past: _Past | None) -> dict[str, Any]:
+    """What a layer was called with beside the hidden states, by name, ``past`` in place of a cache.
+
+    GPT-2's gets its mask by place; GPT-J's and NeoX's call the cache ``layer_past``.
+    """
     given = dict(zip(inspect.signature(layer.forward).parameters, args, strict=False)) | dict(kwargs)
-    return {k: v for k, v in given.items() if k not in ("hidden_states", "past_key_values")}
+    caches = {k: past for k in ("past_key_values", "layer_past") if k in given}
+    return {k: v for k, v in given.items() if k != "hidden_states"} | caches
 
 
 def _first(out: Any) -> Tensor:
     """The hidden states of what a layer gave: alone, or before its cache and attention."""
     found: Tensor = out[0] if isinstance(out, tuple) else out
     return found
+
+
+class _Past:
+    """What layers read before, as a cache that gives it again and again and keeps nothing of what comes behind it."""
+
+    def __init__(self, cache: Any) -> None:
+        self._kept = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, heads, past + T, width]`` of a layer, those given at the end."""
+        before = self._kept[layer]
+        return torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
 
 
 class _AllHeard(Exception):

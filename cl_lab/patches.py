@@ -341,6 +341,12 @@ def _hang(model: EditableModel, name: str, needed: bool, make: Callable[[], Rout
     return model.side.get(name)
 
 
+def from_prompt_end(asked: Tensor) -> Tensor:
+    """``[B, T, 1]`` bool: the places from the prompt's last own token on, ``asked`` ``[B, T]`` saying which these are."""
+    place = torch.arange(1, asked.shape[1] + 1, device=asked.device)
+    return (place >= (asked * place).amax(1, keepdim=True))[..., None]
+
+
 def activation_gap(change: Tensor, inputs: Tensor, asked: Tensor) -> Tensor:
     """``D`` ``[B]``: the mean over the prompt's tokens of ``‖A(x)·(W' − W)ᵀ‖₂``. Wang et al. 2024 (WISE), Eq. 3.
 
@@ -357,7 +363,8 @@ class SidePatch(Patch):
 
     A shard's memory is ``W + Σ values`` over its patches. ``gap`` is the least activation gap ``D`` of the shard's edits
     when the patch was made, and ``floor`` the gap that all but a few unrelated prompts stay below: see :func:`threshold`.
-    Values are bf16, and were rounded so before they were judged.
+    Values are bf16, and were rounded so before they were judged. The memory acts from the prompt's last own token on, or on
+    the ``whole`` text.
     """
 
     kind: ClassVar[str] = "side-memory"
@@ -369,6 +376,7 @@ class SidePatch(Patch):
     gap: float = 0.0
     floor: float = 0.0
     merge: bool = False
+    whole: bool = False
 
     def fires(self, model: EditableModel) -> str:
         return f"prompts of shard {self.shard}"
@@ -393,7 +401,8 @@ class SidePatch(Patch):
         return {"places": self.places, "values": self.values}
 
     def settings(self) -> dict[str, Any]:
-        return {"path": self.path, "shard": self.shard, "gap": self.gap, "floor": self.floor, "merge": self.merge}
+        names = ("path", "shard", "gap", "floor", "merge", "whole")
+        return {name: getattr(self, name) for name in names}
 
     @classmethod
     def made(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Patch:
@@ -407,10 +416,12 @@ class SideMemory(Routed):
         super().__init__(model, site)
         self.changes: dict[int, Tensor] = {}
         self.thresholds: dict[int, float] = {}
+        self.whole = False
 
     def set(self, patches: Sequence[SidePatch]) -> None:
         """Take over what ``patches``, oldest first, amount to."""
         self._route = None
+        self.whole = patches[-1].whole
         self.changes, self.thresholds = {}, {}
         for shard in sorted({p.shard for p in patches}):
             own = [p for p in patches if p.shard == shard]
@@ -430,7 +441,8 @@ class SideMemory(Routed):
 
     def change(self, inputs: Tensor, which: int, asked: Tensor) -> Tensor:
         memory = self.changes[which]
-        return inputs.to(memory.dtype) @ memory.T
+        more = inputs.to(memory.dtype) @ memory.T
+        return more if self.whole else more * from_prompt_end(asked)
 
 
 def shard_change(patches: Sequence[SidePatch], site: Site) -> Tensor:
@@ -448,7 +460,7 @@ def threshold(patches: Sequence[SidePatch]) -> float:
 
     But not below what unrelated prompts reach (``floor``), of which a stated share may be wrong.
     """
-    return max(0.8 * patches[-1].gap, patches[-1].floor, 1e-12)
+    return max(0.7 * patches[-1].gap, patches[-1].floor, 1e-12)
 
 
 def ties(changes: Sequence[Tensor], density: float = 0.53) -> Tensor:
@@ -566,10 +578,7 @@ class Codebook(Routed):
         return torch.where(least.isfinite(), place, -1)
 
     def change(self, inputs: Tensor, which: int, asked: Tensor) -> Tensor:
-        prompt_end = (asked * torch.arange(1, asked.shape[1] + 1, device=asked.device)).amax(1)
-        place = torch.arange(1, inputs.shape[1] + 1, device=inputs.device)
-        behind = place >= prompt_end[:, None]
-        return behind[..., None] * self.values[which].to(inputs.device)
+        return from_prompt_end(asked) * self.values[which].to(inputs.device)
 
 
 # -- facts put before the prompt -----------------------------------------------------------------------------------

@@ -101,6 +101,14 @@ SUBJECTS = (
 )
 
 
+def neighbours(edit: Edit, number: int) -> list[str]:
+    """The edit's prompt with other subjects in place of its own; none where its subject is not known or not in it."""
+    if not edit.subject or edit.subject not in edit.prompt:
+        return []
+    order = seeding.permutation(len(SUBJECTS), 0, "neighbours", edit.prompt).tolist()
+    return [edit.prompt.replace(edit.subject, SUBJECTS[i]) for i in order[:number] if SUBJECTS[i] != edit.subject]
+
+
 def unrelated_prompts() -> list[str]:
     """Some four hundred questions, beginnings and sentences that no edit is about, in no order that means anything."""
     asked = [f.format(s) for i, f in enumerate(QUESTION_FORMS) for s in SUBJECTS[i % 3 :: 3]]
@@ -133,7 +141,7 @@ def descend(
     """Take up to ``steps`` steps; returns how many, and the answers' loss at the end, for a patch's notes.
 
     ``losses`` gives the loss to step on, the answers' part of it, and whether that is good enough to stop. Raises
-    :class:`EditError`, with ``what`` before it, where a loss is not finite, or the answers' no lower than it was.
+    :class:`EditError`, with ``what`` before it, where a loss is not finite, or the answers' neither small nor lower than it was.
     """
     reached: list[float] = []
     for step in range(steps + 1):
@@ -145,7 +153,7 @@ def descend(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    if step and not reached[-1] < reached[0]:
+    if step and reached[-1] >= max(reached[0], 0.1):  # what was known before may get a little worse
         raise EditError(
             f"{what}: the loss went from {reached[0]:.3g} to {reached[-1]:.3g}; the model is as it was; lower the "
             "editor's lr"

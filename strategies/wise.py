@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cl_lab import seeding
 from cl_lab.editable import Above, EditableModel, Site, check_plain_residual
 from cl_lab.facts import Edit
 from cl_lab.knobs import knob
-from cl_lab.patches import Patch, SidePatch, activation_gap, packed, shard_change, unpacked
+from cl_lab.patches import Patch, SidePatch, packed, shard_change, unpacked
 from cl_lab.protocols import Editor
 
-from ._edit_texts import descend, edit_site, forms, row_loss, unrelated_prompts
+from ._edit_texts import CONTEXTS, descend, edit_site, forms, neighbours, row_loss, unrelated_prompts
+
+Asked = tuple[str, bool]
+"""A prompt, and whether it is asked as a chat's turn."""
 
 
 @dataclass
@@ -32,11 +34,14 @@ class Wise(Editor):
 
     Each of ``edits_per_shard`` edits has its own shard; with ``mode=merge`` they are brought together by TIES. A prompt is
     answered by the shard whose gap is furthest above its threshold, by the model itself where none is; the choice is made
-    once, from the prompt's tokens. ``α``, ``β`` and ``γ`` count in units of the model's own: the median over tokens of
-    unrelated texts of ``‖W·A(x)‖₂`` at that layer; the paper's 5, 20 and 10 were made for models 4,096 wide. Further
-    beyond the paper: the answer's end is learnt, earlier edits of the shard are rehearsed in every step (its B.3; their gaps
-    all are), training stops when the answer is sure, and a shard's threshold is four fifths of the least gap of its edits,
-    but not below what all but a ``false_positives`` share of unrelated prompts reach that were not trained on.
+    once, from the prompt's tokens. ``D``, ``α``, ``β``, ``γ`` count in units of the model's own: the median over tokens of
+    unrelated texts of ``‖W·A(x)‖₂`` at that layer; the paper's 5, 20 and 10 were made for models 4,096 wide.
+
+    Beyond the paper: a memory acts from the prompt's last own token on, so that what is before it is read once for all steps
+    and the margin's tokens and the answer's do not get in each other's way; the answer's end is learnt; all earlier edits of
+    the shard are rehearsed, ``replay`` in each step (its B.3; those of other shards count as unrelated); training stops when
+    the answers are sure and the prompts told apart; a shard's threshold is four fifths of the least gap of its edits, but
+    not below what all but a ``false_positives`` share of unrelated prompts reach that were not trained on.
     """
 
     removable: ClassVar[bool] = False
@@ -47,23 +52,30 @@ class Wise(Editor):
     module: str | None = knob(None, "dotted path of the module instead, for a model whose parts are not found")
     mode: Literal["retrieve", "merge"] = knob("retrieve", "one memory for each shard, or all merged into one")
     rho: float = knob(0.2, "ρ, the share of entries that a shard's mask leaves free", gt=0, le=1)
-    edits_per_shard: int = knob(500, "edits before the next shard begins", ge=1)
+    edits_per_shard: int = knob(
+        10, "edits before the next shard begins; 500 is the paper's, for models 4,096 wide", ge=1
+    )
     alpha: float = knob(0.1, "α in units of the layer's own output: unrelated prompts stay below", ge=0)
     beta: float = knob(0.4, "β likewise: edits reach this", gt=0)
     gamma: float = knob(0.3, "γ likewise: edits stay this far above unrelated prompts", ge=0)
+    margin: float = knob(2.0, "weight of the margin, in those units, beside the cross-entropy", gt=0)
     optimizer: Literal["adam", "sgd"] = knob("adam", "what steps the free entries; the paper's is sgd")
     lr: float = knob(0.02, "learning rate; 1 for sgd", gt=0, le=1000)
     steps: int = knob(40, "steps for each patch, at most", ge=1)
-    stop_at: float = knob(0.8, "stop when every token has this probability and the margins hold; 1: never", gt=0, le=1)
-    replay: int = knob(2, "earlier edits rehearsed in every step", ge=0)
+    stop_at: float = knob(
+        0.8, "stop when every token has this probability and prompts are told apart; 1: never", gt=0, le=1
+    )
+    replay: int = knob(4, "earlier edits of the shard rehearsed in every step, in turn; 0: none", ge=0)
     contexts: int = knob(1, "beginnings put before each prompt in training", ge=0, le=8)
     chat: bool = knob(True, "also train the prompt as a chat's turn, where the model has a template")
     unrelated: int = knob(192, "unrelated prompts held away in training; others set the threshold", ge=1, le=256)
+    neighbours: int = knob(16, "prompts like the edit's, of other subjects, held away likewise", ge=0)
+    sampled: int = knob(32, "of unrelated prompts, and of those near the edit's, that a step looks at", ge=1)
     precision: Literal["fp32", "bf16"] = knob(
         "fp32", "of the layers above, in training; bf16 is faster where the CPU has AMX"
     )
     false_positives: float = knob(0.02, "share of unrelated prompts that may reach the threshold, at most", ge=0, lt=1)
-    seed: int = knob(0, "of the masks and of what is rehearsed", ge=0)
+    seed: int = knob(0, "of the masks and of what a step looks at", ge=0)
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
@@ -73,33 +85,29 @@ class Wise(Editor):
         site = edit_site(model, self.layer, self.module, 0.76)
         check_plain_residual(model, site)
         there = [p for p in model.patches if isinstance(p, SidePatch) and p.path == site.path]
-        made = sum(int(p.notes.get("edits", 1)) for p in there)
-        shard = made // self.edits_per_shard
+        shard, count = self._place(there)
         own = [p for p in there if p.shard == shard]
         before = shard_change(own, site)
         mask = unpacked(own[0].places, before.numel()) if own else self._mask(before.numel(), shard)
         free = mask.nonzero().squeeze(1).to(before.device)
 
         chat = self.chat and model.tokenizer.can_chat
-        held = earlier[len(earlier) - made % self.edits_per_shard :] if made % self.edits_per_shard else []
-        chosen = self._rehearsed(held, made)
-        pairs = [p for e in edits for p in forms(model, e, self.contexts, chat)]
-        old = [p for e in chosen for p in forms(model, e, 0, chat)]
+        held, others = earlier[len(earlier) - count :] if count else (), earlier[: len(earlier) - count]
         with model.unrouted():  # what reaches the layer is the model's own, and so is what it gives to go on from
-            at = model.above(model.rows([*pairs, *old]), site)
-            away, kept = (unrelated_inputs(model, site, half, chat) for half in self._unrelated())
+            at = _rows_above(model, site, edits, self.contexts, chat)
+            old = self._rehearsed(model, site, held, shard, chat)
+            away, kept = (heard_prompts(model, site, in_turn(half, chat)) for half in self._unrelated())
             unit = _unit(away, site)
-            if brought := tuple(text for edit in edits for text in edit.irrelevant):
-                away = _together(away, _inputs(model, brought, site, chat))
-            known = prompt_inputs(model, site, tuple(e.prompt for e in held), chat) if held else None
-        trained, notes = self._train(at, before, free, away, known, unit, len(pairs), edits)
+            beside = [text for e in edits for text in [*e.irrelevant, *neighbours(e, self.neighbours)]]
+            near = in_turn(tuple(dict.fromkeys(beside)), chat) + both_ways([e.prompt for e in others], chat)
+            near_by = heard_prompts(model, site, near) if near else None
+            behind = [f"{context} {e.prompt}" for e in edits for context in CONTEXTS[: self.contexts]]
+            mine = both_ways([e.prompt for e in [*edits, *held]], chat) + [(text, False) for text in behind]
+            asked = heard_prompts(model, site, mine)
+        trained, notes = self._train(at, old, before, free, away, near_by, asked, unit, edits)
 
         values = trained.to(torch.bfloat16)
         change = _with(before, free, values.float())
-        gaps = activation_gap(change, at.inputs[: len(pairs)], at.asked[: len(pairs)])
-        if known is not None:
-            gaps = torch.cat([gaps, activation_gap(change, *known)])
-        floor = activation_gap(change, *kept).quantile(1 - self.false_positives)
         return SidePatch(
             "wise",
             notes | {"edits": len(edits), "unit": unit},
@@ -107,18 +115,30 @@ class Wise(Editor):
             shard=shard,
             places=packed(mask.cpu()),
             values=values.cpu(),
-            gap=float(gaps.min()),
-            floor=float(floor),
+            gap=float(asked.gap(change).min()),
+            floor=float(kept.gap(change).quantile(1 - self.false_positives)),
             merge=self.mode == "merge",
         )
+
+    def _place(self, there: Sequence[SidePatch]) -> tuple[int, int]:
+        """The shard that the next edits go to, and how many edits it has."""
+        shard = max((p.shard for p in there), default=0)
+        count = sum(int(p.notes.get("edits", 1)) for p in there if p.shard == shard)
+        return (shard, count) if count < self.edits_per_shard else (shard + 1, 0)
 
     def _mask(self, size: int, shard: int) -> Tensor:
         """The entries that shard may change: a ``rho`` share, drawn for each; they overlap, as the paper found best."""
         return torch.rand(size, generator=seeding.generator(self.seed, "wise", "mask", shard)) < self.rho
 
-    def _rehearsed(self, held: Sequence[Edit], made: int) -> list[Edit]:
-        order = seeding.permutation(len(held), self.seed, "wise", "replay", made).tolist()
-        return [held[i] for i in order[: self.replay]]
+    def _rehearsed(self, model: EditableModel, site: Site, held: Sequence[Edit], shard: int, chat: bool) -> list[Above]:
+        """The shard's earlier edits, ``replay`` at a time; those that are complete are read once for a shard's life."""
+        key = ("wise", "rehearsed", site.path)
+        kept: dict[Any, Above] = model.memo[key][1] if key in model.memo and model.memo[key][0] == shard else {}
+        groups = [held[i : i + self.replay] for i in range(0, len(held), self.replay)] if self.replay else []
+        named = {tuple((e.prompt, e.answer) for e in group): group for group in groups}
+        kept = {n: kept[n] if n in kept else _rows_above(model, site, group, 0, chat) for n, group in named.items()}
+        model.memo[key] = shard, kept
+        return list(kept.values())
 
     def _unrelated(self) -> list[tuple[str, ...]]:
         """Unrelated prompts to hold away in training, and others to set the threshold by."""
@@ -128,80 +148,110 @@ class Wise(Editor):
     def _train(
         self,
         at: Above,
+        old: Sequence[Above],
         before: Tensor,
         free: Tensor,
-        away: tuple[Tensor, Tensor],
-        known: tuple[Tensor, Tensor] | None,
+        away: Heard,
+        near: Heard | None,
+        asked: Heard,
         unit: float,
-        new: int,
         edits: Sequence[Edit],
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The free entries' values on top of ``before``, trained on ``at``, whose first ``new`` rows are new; and notes."""
+        """The free entries' values on top of ``before``, trained on ``at`` and, in turn, on ``old``; and notes."""
         alpha, beta, gamma = (unit * v for v in (self.alpha, self.beta, self.gamma))
         values = torch.zeros(len(free), device=before.device, requires_grad=True)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.SGD
         optimizer = kind([values], lr=self.lr)
-        inputs, labels = at.inputs.float(), at.rows.labels.to(before.device)
-        lengths = at.rows.length - at.rows.prompt
+        drawn = seeding.generator(self.seed, "wise", "sampled", edits[0].prompt)
+        sure = [0.0] * len(old)
+        turn = 0
+
+        def said(rows: Above, change: Tensor) -> tuple[Tensor, float]:
+            with torch.autocast(before.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                logits = rows.logits(rows.inputs.float() @ change.T)
+            labels = rows.rows.labels.to(before.device)
+            each, likely = row_loss(logits, labels, rows.rows.length - rows.rows.prompt)
+            return each.mean(), float(likely.min())
 
         def losses() -> tuple[Tensor, Tensor, bool]:
+            nonlocal turn
             change = _with(before, free, values)
-            with torch.autocast(before.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                logits = at.logits(inputs @ change.T)
-            rows, likely = row_loss(logits, labels, lengths)
-            gap, far = activation_gap(change, inputs, at.asked), activation_gap(change, *away)
-            if known is not None:
-                gap = torch.cat([gap, activation_gap(change, *known)])
+            answers, likely = said(at, change)
+            gap, far = asked.gap(change), away.drawn(self.sampled, drawn).gap(change)
+            if near is not None:
+                far = torch.cat([far, near.drawn(self.sampled, drawn).gap(change)])
             margin = _over(far - alpha) + _over(beta - gap) + _over(gamma - (gap[:, None] - far))
-            answers = rows[:new].mean()
-            loss = answers + margin
-            if len(rows) > new:
-                loss = loss + rows[new:].mean()
-            return loss, answers, float(likely.min()) >= self.stop_at and float(margin.detach()) <= 0.01 * unit
+            loss = answers + self.margin / unit * margin
+            if old:
+                more, sure[turn] = said(old[turn], change)
+                loss, turn = loss + more, (turn + 1) % len(old)
+            apart = float(0.7 * gap.detach().min()) >= float(far.detach().quantile(1 - self.false_positives))
+            return loss, answers, apart and min([likely, *sure]) >= self.stop_at
 
         notes = descend(losses, optimizer, self.steps, f"wise: '{edits[0].prompt}'")
         return values.detach(), notes
 
 
-def unrelated_inputs(model: EditableModel, site: Site, texts: tuple[str, ...], chat: bool) -> tuple[Tensor, Tensor]:
-    """:func:`_inputs`, computed once for a model as long as its weights stay."""
-    key = ("unrelated", site.path, texts, chat)
-    if key not in model.memo:
-        model.memo[key] = _inputs(model, texts, site, chat)
-    found: tuple[Tensor, Tensor] = model.memo[key]
-    return found
+@dataclass
+class Heard:
+    """What prompts bring to a layer: ``tokens`` ``[N, in]`` float32, and which of ``count`` prompts each is ``of`` ``[N]``."""
+
+    tokens: Tensor
+    of: Tensor
+    count: int
+
+    def gap(self, change: Tensor) -> Tensor:
+        """``D`` ``[count]`` of each prompt, as :func:`cl_lab.patches.activation_gap` has it."""
+        length = (self.tokens @ change.T).norm(dim=1)
+        total = torch.zeros(self.count, device=length.device).index_add(0, self.of, length)
+        return total / torch.bincount(self.of, minlength=self.count)
+
+    def drawn(self, number: int, generator: torch.Generator) -> Heard:
+        """That many of the prompts, drawn with ``generator``, or all if there are no more."""
+        prompts = torch.randperm(self.count, generator=generator)[:number]
+        place = torch.full((self.count,), -1, device=self.of.device)
+        place[prompts] = torch.arange(len(prompts), device=self.of.device)
+        found = place[self.of]
+        return Heard(self.tokens[found >= 0], found[found >= 0], len(prompts))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Heard]) -> Heard:
+        """All of them, in their order."""
+        first = [sum(p.count for p in parts[:i]) for i in range(len(parts))]
+        of = torch.cat([p.of + n for p, n in zip(parts, first, strict=True)])
+        return cls(torch.cat([p.tokens for p in parts]), of, sum(p.count for p in parts))
 
 
-def prompt_inputs(model: EditableModel, site: Site, prompts: Sequence[str], chat: bool) -> tuple[Tensor, Tensor]:
-    """:func:`_inputs` of prompts, each of them both as it is and as a chat's turn, computed once for each."""
-    found = []
-    for prompt in prompts:
-        key = ("prompt", site.path, prompt, chat)
-        if key not in model.memo:
-            model.memo[key] = _inputs(model, [prompt, prompt] if chat else [prompt], site, chat)
-        found.append(model.memo[key])
-    longest = max(x.shape[1] for x, _ in found)
-    inputs = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x, _ in found])
-    return inputs, torch.cat([F.pad(m, (0, longest - m.shape[1])) for _, m in found])
-
-
-def _inputs(model: EditableModel, texts: Sequence[str], site: Site, chat: bool) -> tuple[Tensor, Tensor]:
-    """What prompts, half of them as a chat's turns, bring to the site, ``[B, T, in]``, and which tokens count ``[B, T]``.
+def heard_prompts(model: EditableModel, site: Site, prompts: Sequence[Asked]) -> Heard:
+    """What ``prompts`` bring to the site, each computed once for a model as long as its weights stay.
 
     Of a chat's turn the template's tokens are left out: they count for nothing, and are most of it.
     """
-    rows = model.rows([(model.encode_prompt(t, chat=chat and i % 2 == 1), []) for i, t in enumerate(texts)])
-    kept = model.inputs(rows, [site])[site.path]
-    own = [h[a : max(b, a + 1)] for h, a, b in zip(kept, rows.begin.tolist(), rows.until.tolist(), strict=True)]
-    marks = [torch.ones(len(h), dtype=torch.bool) for h in own]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(own, batch_first=True).to(model.device), pad(marks, batch_first=True).to(model.device)
+    keys = [("wise", "prompt", site.path, *asked) for asked in prompts]
+    if new := [asked for asked, key in zip(prompts, keys, strict=True) if key not in model.memo]:
+        rows = model.rows([(model.encode_prompt(text, chat=chat), []) for text, chat in new])
+        heard = model.inputs(rows, [site])[site.path]
+        for asked, h, begin, until in zip(new, heard, rows.begin.tolist(), rows.until.tolist(), strict=True):
+            # A slice would keep the whole of what it was taken from.
+            model.memo["wise", "prompt", site.path, *asked] = h[begin : max(until, begin + 1)].clone().to(model.device)
+    found = [model.memo[key] for key in keys]
+    of = torch.repeat_interleave(torch.arange(len(found)), torch.tensor([len(h) for h in found]))
+    return Heard(torch.cat(found), of.to(model.device), len(found))
 
 
-def _together(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    longest = max(one[0].shape[1], two[0].shape[1])
-    a, b = ([F.pad(x, (0, 0, 0, longest - x.shape[1])), F.pad(m, (0, longest - m.shape[1]))] for x, m in (one, two))
-    return torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])
+def in_turn(prompts: Sequence[str], chat: bool) -> list[Asked]:
+    """Every second of the prompts as a chat's turn, where there is a chat."""
+    return [(text, chat and i % 2 == 1) for i, text in enumerate(prompts)]
+
+
+def both_ways(prompts: Sequence[str], chat: bool) -> list[Asked]:
+    """Every prompt as it is and, where there is a chat, as its turn."""
+    return [(text, turn) for text in prompts for turn in (False, True)[: 1 + chat]]
+
+
+def _rows_above(model: EditableModel, site: Site, edits: Sequence[Edit], contexts: int, chat: bool) -> Above:
+    rows = model.rows([pair for edit in edits for pair in forms(model, edit, contexts, chat)])
+    return model.above(rows, site, from_prompt_end=True)
 
 
 def _with(before: Tensor, free: Tensor, values: Tensor) -> Tensor:
@@ -214,7 +264,6 @@ def _over(excess: Tensor) -> Tensor:
     return over.sum() / (over.detach() > 0).sum().clamp(min=1)
 
 
-def _unit(away: tuple[Tensor, Tensor], site: Site) -> float:
+def _unit(away: Heard, site: Site) -> float:
     """The median over unrelated tokens of the length of what the layer itself puts out."""
-    inputs, asked = away
-    return float((inputs @ site.weight.float().T).norm(dim=2)[asked].median())
+    return float((away.tokens @ site.weight.float().T).norm(dim=1).median())
