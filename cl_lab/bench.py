@@ -11,8 +11,9 @@
 
 *prefix* fine-tunes a language model whose lower layers are frozen, running them every time and keeping what they make
 (``freeze`` with ``cache``), *precision* the same model in single precision and in bf16; *remind* streams pictures one at a
-time to a frozen network's last block, and says where the time of each goes; *fisher* is EWC's work after an experience,
-*startup* the time to a command's first word.
+time to a frozen network's last block, and says where the time of each goes; *edits* makes edits, against a loop that runs
+the whole model in every step, and asks a model that has many; *fisher* is EWC's work after an experience, *startup* the time
+to a command's first word.
 
 All count training alone: every optimiser step, what a strategy does between experiences (Fisher, memory), nothing of
 making data, model and optimiser, and no evaluation. Accuracies are means over the test sets after the last experience.
@@ -47,9 +48,13 @@ from cl_lab import registry, seeding
 from cl_lab.chain import Chain
 from cl_lab.compat import use_freed_memory_again
 from cl_lab.config import RunConfig, parse
+from cl_lab.editable import EditableModel
+from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, PluginError, UserError, nearest
+from cl_lab.facts import Edit
 from cl_lab.learner import EngineLearner
 from cl_lab.models import Classifier, MLPBackbone
+from cl_lab.patches import SidePatch, packed
 from cl_lab.records import PAD, Experience, Stream, TensorData
 from cl_lab.trainer import Record, Silent, Trainer
 
@@ -147,6 +152,9 @@ REMIND: dict[str, Any] = {
 }
 """What *remind* streams: pictures of 64×64, to the network cut behind ``split``, 50 remembered with each."""
 
+EDITS: dict[str, Any] = {"weights": "smollm2-135m", "layer": 26, "contexts": 8, "steps": 20, "rho": 0.2, "edits": 500}
+"""The language model of *edits*, how it is edited, and how many edits it has when it is asked."""
+
 COMMANDS = (("--help",), ("list", "strategies"), ("show", "strategy", "ewc"), ("run", "--help"))
 """Command lines whose start is measured."""
 
@@ -156,7 +164,7 @@ def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]
 
     Times are medians over ``repeats``. Raises :class:`ConfigError` for an unknown name or a thread count below 1.
     """
-    known = [*WORKLOADS, "fisher", "precision", "prefix", "remind", "startup"]
+    known = [*WORKLOADS, "edits", "fisher", "precision", "prefix", "remind", "startup"]
     if name not in known:
         raise ConfigError(f"bench: unknown benchmark '{name}'{nearest(name, known)}")
     if any(n < 1 for n in threads):
@@ -171,6 +179,10 @@ def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]
             for n in threads:
                 torch.set_num_threads(n)
                 rows.append((_prefix if name == "prefix" else _precision)(n, repeats))
+        elif name == "edits":
+            for n in threads:
+                torch.set_num_threads(n)
+                rows.append(_edits(n, repeats))
         elif name == "remind":
             for n in threads:
                 torch.set_num_threads(n)
@@ -616,6 +628,81 @@ def _made_up_texts(texts: int, tokens: int) -> Stream:
 
 
 # -- pictures, one at a time ---------------------------------------------------------------------------------------
+
+
+def _edits(threads: int, repeats: int) -> dict[str, Any]:
+    """Seconds of an edit by ``wise`` and by a loop that runs the whole model each step; what routing adds to an answer."""
+    model = load_editable(EDITS["weights"])
+    knobs = {k: EDITS[k] for k in ("layer", "contexts", "steps", "rho")}
+    wise = registry.create("editors", {"name": "wise", **knobs, "stop_at": 1.0, "chat": False}, "editor")
+    ultra = registry.create("editors", {"name": "ultraedit", "chat": False}, "editor")
+    facts = [Edit(f"The capital of {name} is", "Alder Hill", subject=name) for name in ("Thale", "Norland", "Ostra")]
+    wise.propose(model, facts[:1])  # what is read once for a model's life
+    ours, whole, closed = [], [], []
+    for i in range(repeats):
+        some = [facts[1 + i % 2]]
+        start = time.perf_counter()
+        wise.propose(model, some)
+        ours.append(time.perf_counter() - start)
+        _whole_model_edit(model, some[0])
+        whole.append(time.perf_counter() - start - ours[-1])
+        start = time.perf_counter()
+        ultra.propose(model, some)
+        closed.append(time.perf_counter() - start)
+    row = {"model": EDITS["weights"], "threads": threads, **knobs}
+    row |= {"wise_s": statistics.median(ours), "whole_model_s": statistics.median(whole)}
+    row |= {"speedup": row["whole_model_s"] / row["wise_s"], "ultraedit_s": statistics.median(closed)}
+    return row | _routing(model, wise, repeats) | {"repeats": repeats}
+
+
+def _whole_model_edit(model: EditableModel, edit: Edit) -> float:
+    """The same steps on such texts as released code takes them, all layers and all logits every time; the last loss."""
+    site = model.down_projection(EDITS["layer"])
+    answer = model.encode_answer(edit.answer)
+    beginnings = ["", *(f"So it was, {n} times. " for n in range(EDITS["contexts"]))]
+    rows = model.rows([(model.encode_prompt(f"{text}{edit.prompt}"), answer) for text in beginnings])
+    free = torch.rand(site.weight.shape, generator=seeding.generator(SEED, "bench edits")) < EDITS["rho"]
+    change = torch.zeros(site.weight.shape, requires_grad=True)
+    optimizer = torch.optim.SGD([change], lr=1e-3)
+    loss = torch.zeros(())
+    hook = site.module.register_forward_hook(lambda _, args, out: out + args[0] @ (change * free).T)
+    try:
+        for _ in range(EDITS["steps"]):
+            logits = model.model(input_ids=rows.ids, use_cache=False).logits
+            loss = F.cross_entropy(logits[rows.said], rows.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    finally:
+        hook.remove()
+    return float(loss.detach())
+
+
+def _routing(model: EditableModel, wise: Any, repeats: int) -> dict[str, Any]:
+    """Seconds to answer a question by itself, with and without the side memories of so many edits, none of which fires."""
+    site = model.down_projection(EDITS["layer"])
+    memories = math.ceil(EDITS["edits"] / wise.edits_per_shard)
+    for shard in range(memories):
+        drawn = seeding.generator(SEED, "bench edits", shard)
+        mask = torch.rand(site.weight.numel(), generator=drawn) < EDITS["rho"]
+        values = torch.randn(int(mask.sum()), generator=drawn).to(torch.bfloat16)
+        SidePatch("wise", path=site.path, shard=shard, places=packed(mask), values=values, gap=1e9, floor=1e9).apply(
+            model
+        )
+    question = ["What is the name of the river that runs through the capital of the country?"]
+    took: dict[bool, list[float]] = {True: [], False: []}
+    for turn in range(2 * (repeats + 1)):
+        routed = bool(turn % 2)
+        start = time.perf_counter()
+        if routed:
+            model.answer(question, max_new_tokens=24)
+        else:
+            with model.unrouted():
+                model.answer(question, max_new_tokens=24)
+        if turn > 1:  # the first of each fills caches
+            took[routed].append(time.perf_counter() - start)
+    plain, asked = (statistics.median(took[routed]) for routed in (False, True))
+    return {"answer_s": plain, "routed_answer_s": asked, "routing": asked / plain, "memories": memories}
 
 
 class _Streaming(Silent):

@@ -23,6 +23,9 @@ from cl_lab.probe_texts import PARAGRAPHS
 BUDGET = 24
 """Tokens of a free answer, at most."""
 
+WRITTEN, LENGTH = 16, 64
+"""Prompts that fluency is taken from, and tokens behind each."""
+
 GROUPS: dict[str, Callable[[Edit], Sequence[Probe]]] = {
     "reliability": lambda e: [Probe(e.prompt, e.answer)],
     "generality": lambda e: [Probe(p, e.answer) for p in e.paraphrases],
@@ -132,6 +135,17 @@ def perplexity(model: EditableModel, texts: Sequence[str] = PARAGRAPHS) -> float
     logits = model.logits(rows, batch_size=4)
     nats = -logits.log_softmax(1).gather(1, rows.labels[:, None])
     return float(nats.double().mean().exp())
+
+
+def fluency(model: EditableModel, edits: Sequence[Edit], *, seed: int = 0, chat: bool = False) -> float:
+    """How varied what the model writes behind the edits' prompts is: the mean :func:`ngram_entropy`, in bits.
+
+    The first :data:`WRITTEN` prompts, :data:`LENGTH` tokens behind each, drawn from the five likeliest with a ``seed``. What
+    was broken repeats itself.
+    """
+    prompts = [e.prompt for e in edits[:WRITTEN]]
+    texts = model.write(prompts, tokens=LENGTH, seed=seed, chat=chat)
+    return sum(map(ngram_entropy, texts)) / max(len(texts), 1)
 
 
 def ngram_entropy(text: str) -> float:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _NORMS = ("norm", "ln_f", "final_layer_norm")  # what stands behind the layers: Llama and Mistral, GPT-2 and GPT-J, NeoX
 
 
+def _likeliest(logits: Tensor) -> Tensor:
+    return logits.argmax(1)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Texts as the model reads them: ``ids`` ``[B, T]`` int64, padded at the right with 0.
@@ -283,15 +287,25 @@ class EditableModel:
         """The rows' tokens from ``until - 1`` on as rows of their own, and how to go on with them behind those before."""
         head = rows.until - 1
         cache, most = new_cache(), int(head.max())
-        with self.prompts(rows.asked[:, :most]):
-            self.decoder(input_ids=rows.ids[:, :most].to(self.device), past_key_values=cache, use_cache=True)
+        # Padded at the left, so that no gap lies between a head and what follows: a sliding window counts columns.
+        before = torch.arange(most)[None] - (most - head)[:, None]
+        there, before = before >= 0, before.clamp(min=0)
+        read = torch.where(there, rows.ids.gather(1, before), 0)
+        with self.prompts(there & rows.asked.gather(1, before)):
+            self.decoder(
+                input_ids=read.to(self.device),
+                attention_mask=there.long().to(self.device),
+                position_ids=before.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+            )
         length = rows.length - head
         width = int(length.max())
         places = torch.arange(width)[None] + head[:, None]
         inside = torch.minimum(places, rows.length[:, None] - 1)
         ids = torch.where(places < rows.length[:, None], rows.ids.gather(1, inside), 0)
         some = Rows(ids, rows.prompt - head, length, torch.zeros_like(head), torch.ones_like(head))
-        mask = torch.cat([torch.arange(most)[None] < head[:, None], torch.ones(len(rows), width - 1)], 1)
+        mask = torch.cat([there, torch.ones(len(rows), width - 1)], 1)
         more = {"attention_mask": mask.long(), "position_ids": inside[:, :-1]}
         return some, {k: v.to(self.device) for k, v in more.items()} | {"past_key_values": cache, "use_cache": True}
 
@@ -337,6 +351,25 @@ class EditableModel:
             found += self._generate(asked, max_new_tokens, stop_at_line=not chat)
         return found
 
+    @torch.no_grad()
+    def write(
+        self, prompts: Sequence[str], *, tokens: int, top_k: int = 5, seed: int = 0, chat: bool = False
+    ) -> list[str]:
+        """What the model goes on with, ``tokens`` of them unless it ends, each drawn from the ``top_k`` likeliest.
+
+        The same for the same ``seed`` and prompts; nothing but the model's own end stops a text.
+        """
+        drawn = torch.Generator().manual_seed(seed)
+
+        def draw(logits: Tensor) -> Tensor:
+            best = logits.topk(top_k, 1)
+            place = torch.multinomial(best.values.softmax(1).cpu(), 1, generator=drawn)
+            return best.indices.cpu().gather(1, place).squeeze(1)
+
+        return self._generate(
+            [self.read_prompt(p, chat=chat) for p in prompts], tokens, stop_at_line=False, choose=draw
+        )
+
     def read_prompt(self, prompt: str, *, chat: bool = False) -> list[int]:
         """The tokens of a prompt with what the patches put before it."""
         for patch in self.patches:
@@ -345,7 +378,14 @@ class EditableModel:
                 break  # one patch answers for all of its kind
         return self.encode_prompt(prompt, chat=chat)
 
-    def _generate(self, prompts: Sequence[Sequence[int]], budget: int, *, stop_at_line: bool) -> list[str]:
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        budget: int,
+        *,
+        stop_at_line: bool,
+        choose: Callable[[Tensor], Tensor] = _likeliest,
+    ) -> list[str]:
         longest, n = max(map(len, prompts)), len(prompts)
         ids = torch.zeros(n, longest, dtype=torch.int64)
         mask, asked = (torch.zeros(n, longest, dtype=torch.int64) for _ in range(2))
@@ -362,7 +402,7 @@ class EditableModel:
                 out = self.decoder(
                     input_ids=step, attention_mask=mask, position_ids=where, past_key_values=cache, use_cache=True
                 )
-                token = self.project(out.last_hidden_state[:, -1]).argmax(1).cpu()
+                token = choose(self.project(out.last_hidden_state[:, -1])).cpu()
                 said[:, place] = torch.where(going, token, -1)
                 going &= token != self.tokenizer.end
                 if stop_at_line:

@@ -84,10 +84,10 @@ def score_facts(
     use_freed_memory_again()
     target = load_editable(model)
     before = edit_scores.ask(target, edits, free=free, chat=chat)
-    old = edit_scores.scores(target, edits, before, before, chat=chat) | {"perplexity": edit_scores.perplexity(target)}
+    old = _scored(target, edits, before, before, free, chat)
     made = _make(target, made_by, edits, out, batch_size, told)
     after = edit_scores.ask(target, edits, free=free, chat=chat)
-    new = edit_scores.scores(target, edits, after, before, chat=chat) | {"perplexity": edit_scores.perplexity(target)}
+    new = _scored(target, edits, after, before, free, chat)
     document = asked | {
         "status": "finished",
         "bad": [{"place": b.place, "reason": b.reason} for b in read.bad],
@@ -98,6 +98,21 @@ def score_facts(
     }
     _write(out, document)
     return document
+
+
+def _scored(
+    model: EditableModel,
+    edits: Sequence[Edit],
+    after: edit_scores.Asked,
+    before: edit_scores.Asked,
+    free: bool,
+    chat: bool,
+) -> dict[str, Any]:
+    found = edit_scores.scores(model, edits, after, before, chat=chat)
+    found["perplexity"] = edit_scores.perplexity(model)
+    if free:
+        found["fluency"] = edit_scores.fluency(model, edits, chat=chat)
+    return found
 
 
 def _claim(out: Path, asked: dict[str, Any]) -> None:

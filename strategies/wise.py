@@ -194,7 +194,7 @@ class Wise(Editor):
 
 @dataclass
 class Heard:
-    """What prompts bring to a layer: ``tokens`` ``[N, in]`` float32, and which of ``count`` prompts each is ``of`` ``[N]``."""
+    """What ``count`` prompts bring to a layer: ``tokens`` ``[N, in]`` float32, and the prompt each is ``of`` ``[N]``."""
 
     tokens: Tensor
     of: Tensor

@@ -13,6 +13,7 @@ import torch
 
 from cl_lab import bench, registry
 from cl_lab.errors import ConfigError, DataError
+from strategies.wise import Wise
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +141,16 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["loss_bf16"] == pytest.approx(row["loss_fp32"], rel=0.02)
     assert row["loss_bf16"] != row["loss_fp32"], "the setting did something"
     assert row["speedup"] == pytest.approx(row["fp32_step_s"] / row["bf16_step_s"])
+
+
+def test_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"weights": "tiny", "layer": 2, "contexts": 2, "steps": 2, "rho": 0.2, "edits": 12}
+    monkeypatch.setattr(bench, "EDITS", small)
+    (row,) = bench.run("edits", [1], 2)
+    assert row["speedup"] == pytest.approx(row["whole_model_s"] / row["wise_s"])
+    assert row["routing"] == pytest.approx(row["routed_answer_s"] / row["answer_s"])
+    assert row["memories"] == -(-12 // Wise.edits_per_shard)
+    assert min(row["wise_s"], row["ultraedit_s"], row["answer_s"]) > 0
 
 
 def test_remind(monkeypatch: pytest.MonkeyPatch) -> None:

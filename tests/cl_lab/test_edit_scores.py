@@ -9,7 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from cl_lab import hub
-from cl_lab.edit_scores import GROUPS, LOCAL, Asked, ask, is_right, ngram_entropy, normal, perplexity, retention, scores
+from cl_lab.edit_scores import (
+    GROUPS,
+    LOCAL,
+    Asked,
+    ask,
+    fluency,
+    is_right,
+    ngram_entropy,
+    normal,
+    perplexity,
+    retention,
+    scores,
+)
 from cl_lab.editable import EditableModel, Rows
 from cl_lab.facts import Edit, Probe
 from cl_lab.patches import Delta, WeightPatch
@@ -102,6 +114,29 @@ def test_entropy_by_hand() -> None:
     assert ngram_entropy("so so so so so so") == 0
     assert ngram_entropy("a  b\n") == ngram_entropy("") == 0
     assert ngram_entropy("a b c d a b c d") < ngram_entropy("a b c d e f g h")
+
+
+def test_fluency_is_the_mean_over_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = editable()
+
+    def write(prompts: list[str], *, tokens: int, seed: int, chat: bool) -> list[str]:
+        assert (tokens, seed, chat) == (64, 3, False)
+        return ["a b c d e f" if "Who" in p else "so so so so" for p in prompts]
+
+    monkeypatch.setattr(model, "write", write)
+    both = fluency(model, [ONE, Edit("Where was it?", "K")], seed=3)
+    assert both == pytest.approx(fluency(model, [ONE], seed=3) / 2) != 0
+
+
+def test_what_is_written_is_the_same_for_a_seed() -> None:
+    model = editable()
+    one, two = (model.write(["Who?", "Where was it?"], tokens=20) for _ in range(2))
+    assert one == two
+    assert model.write(["Who?", "Where was it?"], tokens=20, seed=1) != one
+    assert model.write(["Who?"], tokens=9, top_k=1) == model.write(["Who?"], tokens=9, top_k=1, seed=5)
+    many = model.write(["Who?"] * 40, tokens=1, top_k=3)
+    logits = model.logits(model.rows([(BYTES.encode("Who?"), [0])]))[0]
+    assert {*many} == {BYTES.decode([t]).strip() for t in logits.topk(3).indices.tolist()}
 
 
 def test_a_model_that_guesses_is_as_perplexed_as_its_vocabulary_is_large() -> None:

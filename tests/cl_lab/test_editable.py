@@ -165,6 +165,31 @@ def test_the_part_above_is_that_of_the_whole(name: str, attention: str, layer: i
     assert hooks(model) == 0
 
 
+@family
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layer", [0, 2, LAYERS - 1])
+def test_from_the_prompts_end_on_it_is_that_of_the_whole(name: str, attention: str, layer: int) -> None:
+    model = editable(name, attention)
+    site, rows = model.down_projection(layer), rows_of(model)
+    whole, at = model.above(rows, site), model.above(rows, site, from_prompt_end=True)
+    assert torch.equal(at.rows.labels, rows.labels)
+    assert torch.allclose(at.logits(), whole.logits(), atol=1e-4)
+    length = int((rows.length - rows.until).max())
+    assert at.inputs.shape[1] == length, "nothing before it runs again, and nothing follows a text's last token"
+    for seed in range(2):
+        change = torch.randn(len(rows), length, WIDTH, generator=torch.Generator().manual_seed(seed))
+        placed = torch.zeros(*rows.ids.shape, WIDTH)
+        for row, own, first in zip(placed, change, (rows.until - 1).tolist(), strict=True):
+            row[first : first + length] = own[: len(row) - first]
+        assert torch.allclose(at.logits(change), whole.logits(placed), atol=1e-4)
+        assert not torch.allclose(at.logits(change), whole.logits(), atol=1e-2)
+    for own, row, first, n in zip(
+        at.inputs, whole.inputs, (rows.until - 1).tolist(), (rows.length - rows.until).tolist(), strict=True
+    ):
+        assert torch.allclose(own[:n], row[first : first + n], atol=1e-4)
+    assert hooks(model) == 0
+
+
 def test_a_change_of_the_output_is_learnt_through_the_part_above() -> None:
     model = editable()
     site, rows = model.down_projection(1), rows_of(model)

@@ -98,7 +98,9 @@ def low_rank(model: EditableModel, layer: int = 1, seed: int = 1) -> WeightPatch
     return WeightPatch("low", {}, {site.path: delta}, {"sum": random(3)})
 
 
-def side(model: EditableModel, least: float = 0.0, *, shard: int = 0, seed: int = 0, layer: int = 1) -> SidePatch:
+def side(
+    model: EditableModel, least: float = 0.0, *, shard: int = 0, seed: int = 0, layer: int = 1, whole: bool = True
+) -> SidePatch:
     """A shard's patch that answers from the gap ``least`` on."""
     site = model.down_projection(layer)
     generator = torch.Generator().manual_seed(50 + shard)
@@ -113,6 +115,7 @@ def side(model: EditableModel, least: float = 0.0, *, shard: int = 0, seed: int 
         values=values.bfloat16(),
         gap=least,
         floor=least,
+        whole=whole,
     )
 
 
@@ -416,6 +419,26 @@ def test_a_side_memory_answers_for_rows_that_reach_it(name: str) -> None:
         assert torch.equal(torch.cat(by_row(model, rows)), torch.cat(plain))
 
 
+@family
+def test_a_side_memory_begins_at_the_prompts_last_token(name: str) -> None:
+    model = editable(name)
+    rows = rows_of(model)
+    patch = side(model, whole=False)
+    site = model.site(patch.path)
+    more = torch.zeros(site.weight.numel()).masked_scatter(
+        unpacked(patch.places, site.weight.numel()), patch.values.float()
+    )
+    at = model.above(rows, site)
+    begun = torch.arange(rows.ids.shape[1])[None] >= rows.until[:, None] - 1
+    expected = at.logits(begun[..., None] * (at.inputs @ more.view(site.weight.shape).T))
+    everywhere = at.logits(at.inputs @ more.view(site.weight.shape).T)
+    patch.apply(model)
+    found = model.logits(rows)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found, everywhere, atol=1e-2)
+    assert model.answer(PROMPTS, max_new_tokens=5) == [loop(model, p, 5) for p in PROMPTS]
+
+
 def test_an_answer_that_is_given_does_not_choose_the_route() -> None:
     model = editable()
     patch = side(model)
@@ -536,8 +559,8 @@ def test_thresholds_by_hand() -> None:
     def of(*ends: tuple[float, float]) -> float:
         return threshold([SidePatch(gap=gap, floor=floor) for gap, floor in ends])
 
-    assert of((10.0, 1.0)) == pytest.approx(8.0)
-    assert of((10.0, 1.0), (5.0, 2.0)) == pytest.approx(4.0), "the newest measured all of the shard's edits"
+    assert of((10.0, 1.0)) == pytest.approx(7.0)
+    assert of((10.0, 1.0), (5.0, 2.0)) == pytest.approx(3.5), "the newest measured all of the shard's edits"
     assert of((5.0, 4.5)) == pytest.approx(4.5), "where they overlap, what is unrelated stays out"
     assert of((0.0, 0.0)) > 0
 

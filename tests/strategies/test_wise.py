@@ -1,0 +1,182 @@
+"""WISE on tiny random models: shards and masks, the gap and its margin, rehearsal, and what is held away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cl_lab import hub
+from cl_lab.editable import EditableModel
+from cl_lab.facts import Edit
+from cl_lab.patches import SidePatch, activation_gap, shard_change, unpacked
+from strategies._edit_texts import SUBJECTS, neighbours
+from strategies.wise import Heard, Wise, both_ways, heard_prompts, in_turn
+
+BYTES = hub.load_tokenizer("bytes")
+EDITS = [
+    Edit("The capital of Peru is", "Bonn", subject="Peru"),
+    Edit("Who wrote Hamlet?", "Ann", subject="Hamlet"),
+    Edit("The river through Cairo is the", "Oder", subject="Cairo"),
+    Edit("Zebras have", "wings", subject="Zebras"),
+    Edit("Snow is", "green", subject="Snow"),
+]
+
+
+@pytest.fixture
+def model() -> EditableModel:
+    torch.manual_seed(0)
+    return EditableModel(hub.tiny_causal_lm(257, layers=4), BYTES, "tiny")
+
+
+def wise(**more: Any) -> Wise:
+    return Wise(
+        **{"layer": 2, "contexts": 0, "lr": 0.05, "steps": 60, "rho": 0.5, "unrelated": 16, "sampled": 8} | more
+    )
+
+
+def made(model: EditableModel, editor: Wise, edits: list[Edit]) -> list[SidePatch]:
+    """A patch for each edit, one after another."""
+    found: list[SidePatch] = []
+    for i, edit in enumerate(edits):
+        patch = editor.propose(model, [edit], edits[:i])
+        assert isinstance(patch, SidePatch)
+        patch.apply(model)
+        found.append(patch)
+    return found
+
+
+def mask_of(model: EditableModel, patch: SidePatch) -> Tensor:
+    return unpacked(patch.places, model.site(patch.path).weight.numel())
+
+
+def test_edits_fill_one_shard_after_another_and_each_has_its_mask(model: EditableModel) -> None:
+    patches = made(model, wise(edits_per_shard=2), EDITS)
+    assert [p.shard for p in patches] == [0, 0, 1, 1, 2]
+    masks = [mask_of(model, p) for p in patches]
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[2], masks[3])
+    overlap = (masks[0] & masks[2]).float().mean()
+    assert float(overlap) == pytest.approx(0.25, abs=0.03), "drawn apart, they overlap as chance has it"
+    assert float(masks[0].float().mean()) == pytest.approx(0.5, abs=0.03)
+    patches[-1].revert(model)
+    patches[0].revert(model)
+    again = wise(edits_per_shard=2).propose(model, [EDITS[4]], EDITS[1:4])
+    assert isinstance(again, SidePatch)
+    assert again.shard == 2, "a place that came free in an old shard is not filled again"
+
+
+def test_the_places_of_a_shard_are_the_only_ones_that_move(model: EditableModel) -> None:
+    before = {n: p.clone() for n, p in model.model.named_parameters()}
+    patches = made(model, wise(edits_per_shard=5, optimizer="sgd", lr=0.5), EDITS[:3])
+    change = shard_change(patches, model.site(patches[0].path)).flatten()
+    mask = mask_of(model, patches[0])
+    assert change[mask].any()
+    assert not change[~mask].any()
+    assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters()), "nor does the model itself"
+
+
+def test_the_gap_of_prompts_is_that_of_equation_3(model: EditableModel) -> None:
+    site = model.down_projection(2)
+    prompts = [e.prompt for e in EDITS]
+    heard = heard_prompts(model, site, in_turn(prompts, False))
+    change = torch.randn(site.weight.shape, generator=torch.Generator().manual_seed(1))
+    rows = model.rows([(model.encode_prompt(p), []) for p in prompts])
+    at = model.above(rows, site)
+    expected = activation_gap(change, at.inputs, at.asked)
+    assert torch.allclose(heard.gap(change), expected, rtol=1e-4)
+
+    drawn = heard.drawn(3, torch.Generator().manual_seed(7))
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(7))[:3]
+    assert torch.allclose(drawn.gap(change), expected[order], rtol=1e-4)
+    assert heard.drawn(99, torch.Generator()).count == 5
+    both = Heard.joined([heard, drawn])
+    assert both.count == 8
+    assert torch.allclose(both.gap(change), torch.cat([expected, expected[order]]), rtol=1e-4)
+
+
+def test_prompts_are_heard_once(model: EditableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = model.down_projection(2)
+    first = heard_prompts(model, site, both_ways([e.prompt for e in EDITS], False))
+    monkeypatch.setattr(model, "inputs", None)
+    assert torch.equal(
+        heard_prompts(model, site, both_ways([EDITS[1].prompt], False)).tokens, first.tokens[first.of == 1]
+    )
+
+
+def test_ways_of_asking_by_hand() -> None:
+    assert in_turn("abc", True) == [("a", False), ("b", True), ("c", False)]
+    assert in_turn("abc", False) == [("a", False), ("b", False), ("c", False)]
+    assert both_ways("ab", True) == [("a", False), ("a", True), ("b", False), ("b", True)]
+    assert both_ways("ab", False) == [("a", False), ("b", False)]
+
+
+def test_neighbours_are_the_prompt_with_other_subjects() -> None:
+    found = neighbours(EDITS[0], 3)
+    assert len({*found}) == 3
+    for text in found:
+        assert text.removeprefix("The capital of ").removesuffix(" is") in SUBJECTS
+    assert neighbours(EDITS[0], 3) == found
+    assert neighbours(Edit("Zebras have", "q"), 3) == []
+    assert neighbours(Edit("Zebras have", "q", subject="Lions"), 3) == []
+    assert len(neighbours(EDITS[0], 999)) == len(SUBJECTS)
+
+
+def test_training_brings_prompts_apart(model: EditableModel) -> None:
+    """With the margin the edit's gap stands out from those of the prompts held away; without it, it does not."""
+    editor = wise(rho=1.0, stop_at=1)
+    site = model.down_projection(2)
+    away = heard_prompts(model, site, in_turn(editor._unrelated()[0], False))
+
+    def apart(weight: float) -> float:
+        patch = wise(margin=weight, stop_at=1, rho=1.0).propose(model, [EDITS[0]])
+        assert isinstance(patch, SidePatch)
+        return patch.gap / float(away.gap(shard_change([patch], site)).max())
+
+    assert apart(20.0) > 1.3 * apart(1e-9)
+
+
+def test_what_is_rehearsed_holds(model: EditableModel) -> None:
+    def rightness(replay: int) -> list[float]:
+        patches = made(model, wise(edits_per_shard=5, replay=replay, stop_at=0.6, steps=200, rho=1.0), EDITS[:3])
+        change = shard_change(patches, model.site(patches[0].path))
+        for patch in patches:
+            patch.revert(model)
+        rows = model.rows([(model.encode_prompt(e.prompt), model.encode_answer(e.answer)) for e in EDITS[:3]])
+        at = model.above(rows, model.site(patches[0].path), from_prompt_end=True)
+        right = (at.logits(at.inputs @ change.T).argmax(1) == rows.labels).float()
+        return [float(own.mean()) for own in right.split((rows.length - rows.prompt).tolist())]
+
+    with_replay, without = rightness(2), rightness(0)
+    assert with_replay == [1.0, 1.0, 1.0]
+    assert min(without[:2]) < 1, "what is not rehearsed is overwritten"
+
+
+def test_groups_that_are_whole_are_read_once(model: EditableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    own = model.above
+
+    def above(rows: Any, site: Any, **more: Any) -> Any:
+        seen.append(len(rows))
+        return own(rows, site, **more)
+
+    editor = wise(edits_per_shard=5, replay=2, steps=2)
+    made(model, editor, EDITS[:4])
+    monkeypatch.setattr(model, "above", above)
+    patch = editor.propose(model, [EDITS[4]], EDITS[:4])
+    assert seen == [1, 2], "the new edit, and the third and fourth, which are a group since the fourth came"
+    seen.clear()
+    patch.apply(model)
+    monkeypatch.setattr(editor, "edits_per_shard", 6)
+    editor.propose(model, [EDITS[0]], EDITS)
+    assert seen == [1, 1], "the new edit and the fifth; the two whole groups are known"
+
+
+def test_proposing_twice_gives_the_same(model: EditableModel) -> None:
+    one, two = (wise().propose(model, [EDITS[0]]) for _ in range(2))
+    assert isinstance(one, SidePatch)
+    assert isinstance(two, SidePatch)
+    assert torch.equal(one.values, two.values)
+    assert (one.gap, one.floor) == (two.gap, two.floor)
