@@ -6,6 +6,7 @@ one line and exit code 2; ``--debug`` (anywhere on the line) shows the traceback
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from cl_lab import __version__
-from cl_lab.errors import ConfigError, Interrupted, UserError, nearest
+from cl_lab.errors import ConfigError, DataError, EditError, Interrupted, UserError, nearest
 
 app = typer.Typer(
     name="cl-lab",
@@ -385,6 +386,280 @@ def edit_score(
     _console().print(f"folder: {folder}")
 
 
+Folder = Annotated[Path, typer.Argument(help="The deployment's folder.")]
+Identifier = Annotated[str, typer.Argument(help="The edit's number, as list shows it.")]
+AsChat = Annotated[bool, typer.Option("--chat", help="Ask as a user's turns.")]
+Wait = Annotated[float, typer.Option(min=0, help="Seconds to wait for another process that changes the folder.")]
+
+
+@edit.command("init")
+def edit_init(
+    folder: Folder,
+    settings: Annotated[list[str] | None, typer.Argument(help="The editor's knobs, for example steps=20.")] = None,
+    model: Annotated[str, typer.Option(help="Fetched model, local folder, GGUF file or hub id.")] = "smollm2-135m",
+    editor: Annotated[str, typer.Option(help="Who edits (cl-lab list editors).")] = "wise",
+    gate: Annotated[list[str] | None, typer.Option(help="Another gate, for example guards=0.95.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a deployment: a folder with a model, a journal of its edits and a patch for each."""
+    from cl_lab.deployment import Deployment
+
+    gates = _knobs(gate or [])
+    if wrong := [name for name, value in gates.items() if not isinstance(value, (int, float))]:
+        raise ConfigError(f"--gate {wrong[0]}={gates[wrong[0]]}: must be a number")
+    made = Deployment.create(folder, model, {"name": editor, **_knobs(settings or [])}, gates)
+    if as_json:
+        _print_json(made.document | {"path": str(folder)})
+        return
+    _console().print(
+        f"{folder}: {model}, edited by {editor}. Next: cl-lab edit apply {folder} --prompt … --answer …\n"
+        f"Questions whose answers must not change go into {folder / 'guards.jsonl'}, one a line: "
+        '{"prompt": "…"}',
+        markup=False,
+    )
+
+
+@edit.command("apply")
+def edit_apply(
+    folder: Folder,
+    facts: Annotated[Path | None, typer.Option(help="Facts to apply, one edit each: JSONL, JSON or CSV.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is asked.")] = None,
+    answer: Annotated[str | None, typer.Option(help="What is to be answered.")] = None,
+    subject: Annotated[str | None, typer.Option(help="Whom the fact is about, as the prompt has it.")] = None,
+    paraphrase: Annotated[list[str] | None, typer.Option(help="The prompt in other words.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Preview only.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Apply although gates are broken; the journal says so.")
+    ] = False,
+    chat: AsChat = False,
+    wait: Wait = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Correct facts: preview what an edit does and moves, then apply it, unless it breaks a gate."""
+    from cl_lab.deployment import Deployment
+    from cl_lab.facts import Edit, read_facts
+
+    if (facts is None) == (prompt is None) or (prompt is None) != (answer is None):
+        raise ConfigError("edit apply: give either --facts, or --prompt and --answer")
+    if facts is not None:
+        edits = list(read_facts(facts).edits)
+    else:
+        edits = [
+            Edit.from_json(
+                {"prompt": prompt, "answer": answer, "paraphrases": paraphrase or []}
+                | ({"subject": subject} if subject else {})
+            )
+        ]
+    deployment = Deployment(folder)
+    done: list[dict[str, Any]] = []
+    with deployment.changing(wait):
+        model = deployment.load()
+        for one in edits:
+            patch, seen = deployment.propose(model, [one], chat=chat)
+            applied = not dry_run and (force or not seen["broken"])
+            number = deployment.apply(model, patch, [one], forced=bool(seen["broken"])) if applied else None
+            done.append({"id": number, "applied": applied, **seen})
+            if not as_json:
+                _console().print(_preview_table(one.prompt, done[-1]))
+    if as_json:
+        _print_json({"edits": done})
+    refused = [d for d in done if not d["applied"]]
+    if refused and not dry_run:
+        raise EditError(
+            f"{len(refused)} of {len(done)} edits break a gate, first: {refused[0]['broken'][0]}; they were not applied; "
+            "--force applies them nevertheless"
+        )
+
+
+@edit.command("list")
+def edit_list(folder: Folder, as_json: Json = False) -> None:
+    """List the edits, what each says, and whether it is in force."""
+    from rich.table import Table
+
+    from cl_lab.deployment import Deployment
+
+    deployment = Deployment(folder)
+    active = deployment.active()
+    rows: list[dict[str, Any]] = [
+        {
+            "id": event.id,
+            "time": event.time,
+            "in_force": event.id in active,
+            "forced": event.forced,
+            "facts": [{"prompt": e.prompt, "answer": e.answer} for e in deployment.edits(event.id)],
+        }
+        for event in deployment.events
+        if event.kind == "apply"
+    ]
+    if as_json:
+        _print_json({"edits": rows, "events": len(deployment.events)})
+        return
+    table = Table("edit", "applied", "in force", "asked", "answer", title=str(folder), title_justify="left")
+    for row in rows:
+        for fact in row["facts"]:
+            state = ("yes" if row["in_force"] else "undone") + (", forced" if row["forced"] else "")
+            table.add_row(row["id"], row["time"], state, fact["prompt"], fact["answer"])
+    _console().print(table)
+
+
+@edit.command("show")
+def edit_show(folder: Folder, identifier: Identifier, as_json: Json = False) -> None:
+    """Show an edit: its facts, its patch, and every event about it."""
+    import dataclasses
+
+    from cl_lab.deployment import Deployment
+
+    deployment = Deployment(folder)
+    patch = deployment.patch(identifier)
+    document = {
+        "id": identifier,
+        "in_force": identifier in deployment.active(),
+        "facts": [e.as_json() for e in deployment.edits(identifier)],
+        "patch": {"kind": patch.kind, "editor": patch.editor, "bytes": patch.nbytes, "notes": patch.notes},
+        "events": [dataclasses.asdict(e) for e in deployment.events if e.id == identifier],
+    }
+    if as_json:
+        _print_json(document)
+        return
+    import yaml
+
+    typer.echo(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), nl=False)
+
+
+@edit.command("undo")
+def edit_undo(folder: Folder, identifier: Identifier, wait: Wait = 10.0) -> None:
+    """Take an edit out of force, whichever it is; the others stay."""
+    from cl_lab.deployment import Deployment
+
+    deployment = Deployment(folder)
+    with deployment.changing(wait):
+        deployment.undo(identifier)
+    typer.echo(f"edit {identifier} is undone; cl-lab edit redo {folder} {identifier} brings it back")
+
+
+@edit.command("redo")
+def edit_redo(folder: Folder, identifier: Identifier, wait: Wait = 10.0) -> None:
+    """Bring an undone edit back, as it was."""
+    from cl_lab.deployment import Deployment
+
+    deployment = Deployment(folder)
+    with deployment.changing(wait):
+        deployment.redo(identifier)
+    typer.echo(f"edit {identifier} is in force")
+
+
+@edit.command("ask")
+def edit_ask(
+    folder: Folder,
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    as_of: Annotated[
+        int | None, typer.Option(help="The model behind this event of the journal; 0: before all.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="The answer's length, at most.")] = 64,
+    chat: AsChat = False,
+    as_json: Json = False,
+) -> None:
+    """Ask the model as it is deployed, or as it was."""
+    from cl_lab.deployment import Deployment
+
+    deployment = Deployment(folder)
+    (said,) = deployment.load(as_of).answer([prompt], max_new_tokens=tokens, chat=chat)
+    if as_json:
+        _print_json({"prompt": prompt, "answer": said, "as_of": len(deployment.events) if as_of is None else as_of})
+        return
+    typer.echo(said)
+
+
+@edit.command("verify")
+def edit_verify(folder: Folder, chat: AsChat = False, as_json: Json = False) -> None:
+    """Ask every fact in force again, and say which edits still hold. Exits with 1 where one does not."""
+    from cl_lab import edit_scores
+    from cl_lab.deployment import Deployment
+
+    deployment = Deployment(folder)
+    facts = [(n, e) for n in deployment.active() for e in deployment.edits(n)]
+    said = deployment.load().answer([e.prompt for _, e in facts], max_new_tokens=edit_scores.BUDGET, chat=chat)
+    rows = [
+        {
+            "id": n,
+            "prompt": e.prompt,
+            "wanted": e.answer,
+            "said": text,
+            "holds": edit_scores.is_right(text, e.answer, e.old),
+        }
+        for (n, e), text in zip(facts, said, strict=True)
+    ]
+    lost = [row for row in rows if not row["holds"]]
+    if as_json:
+        _print_json({"edits": rows, "lost": len(lost)})
+    else:
+        for row in lost:
+            typer.echo(f"edit {row['id']}: '{row['prompt']}' is answered '{row['said']}', not '{row['wanted']}'")
+        typer.echo(f"{len(rows) - len(lost)} of {len(rows)} facts in force hold")
+    if lost:
+        raise typer.Exit(1)
+
+
+@edit.command("check")
+def edit_check(folder: Folder, as_json: Json = False) -> None:
+    """Prove the folder: the journal's chain of hashes, every patch and its facts, the base model's weights."""
+    from cl_lab.deployment import Deployment
+
+    deployment = Deployment(folder)
+    wrong = deployment.check()
+    if as_json:
+        _print_json({"events": len(deployment.events), "wrong": wrong})
+    if wrong:
+        raise DataError(f"{len(wrong)} things are wrong, first: {wrong[0]}")
+    if not as_json:
+        typer.echo(f"{len(deployment.events)} events, {len(deployment.active())} edits in force: all as written")
+
+
+@edit.command("diff")
+def edit_diff(folder: Folder, identifier: Identifier, chat: AsChat = False, as_json: Json = False) -> None:
+    """Say what one edit moves: answers with it and without it, to its own questions, to all others' and to the guards."""
+    from cl_lab import edit_scores
+    from cl_lab.deployment import Deployment
+
+    deployment = Deployment(folder)
+    facts = [e for n in dict.fromkeys([identifier, *deployment.active()]) for e in deployment.edits(n)]
+    prompts = list(dict.fromkeys([p for e in facts for p in (e.prompt, *e.paraphrases)] + deployment.guards()))
+    model, patch = deployment.load(), deployment.patch(identifier)
+    if identifier in deployment.active():
+        patch = model.patches[deployment.active().index(identifier)]
+    else:
+        patch.apply(model)
+    told = model.answer(prompts, max_new_tokens=edit_scores.BUDGET, chat=chat)
+    patch.revert(model)
+    without = model.answer(prompts, max_new_tokens=edit_scores.BUDGET, chat=chat)
+    rows = [{"prompt": p, "without": a, "with": b} for p, a, b in zip(prompts, without, told, strict=True) if a != b]
+    if as_json:
+        _print_json({"id": identifier, "asked": len(prompts), "moved": rows})
+        return
+    from rich.table import Table
+
+    table = Table("asked", "without", "with", title=f"edit {identifier}: {len(rows)} of {len(prompts)} answers move")
+    for row in rows:
+        table.add_row(row["prompt"], row["without"], row["with"])
+    _console().print(table)
+
+
+def _preview_table(prompt: str, seen: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    state = f"applied as edit {seen['id']}" if seen["applied"] else "not applied"
+    table = Table("asked", "before", "after", title=f"{prompt}: {state}", title_justify="left")
+    for row in seen["answers"]:
+        table.add_row(row["prompt"], row["before"], f"{row['after']} {'✓' if row['right'] else '✗'}")
+    for row in seen["moved"]:
+        table.add_row(row["prompt"], row["before"], f"{row['after']} (moved)")
+    table.caption = (
+        f"{len(seen['moved'])} of {seen['asked_aside']} other answers moved; perplexity × {seen['perplexity']:.3f}; "
+        f"{seen['seconds']:.1f} s; answers {seen['fires']}" + "".join(f"\nbroken: {line}" for line in seen["broken"])
+    )
+    return table
+
+
 def _knobs(settings: list[str]) -> dict[str, Any]:
     """``key=value`` pairs as a document."""
     import yaml
@@ -398,6 +673,9 @@ def _knobs(settings: list[str]) -> dict[str, Any]:
             knobs[key] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ConfigError(f"'{setting}': not a valid YAML value") from None
+        if isinstance(knobs[key], str):
+            with contextlib.suppress(ValueError):
+                knobs[key] = float(value)  # YAML takes 1e-3, without a dot, for a word
     return knobs
 
 

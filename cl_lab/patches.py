@@ -25,6 +25,9 @@ from cl_lab.files import write_atomically
 if TYPE_CHECKING:
     from cl_lab.editable import EditableModel, Site
 
+CANDIDATES, SKETCH = 16, 32
+"""Side memories whose gaps are computed exactly, and numbers of the sketch by which these are found among more."""
+
 FORMAT = 1
 """Version of the files; another is refused."""
 
@@ -410,34 +413,69 @@ class SidePatch(Patch):
 
 
 class SideMemory(Routed):
-    """WISE's side memories on one layer: a change of its weight for each shard, and the gap from which each answers."""
+    """WISE's side memories on one layer: a change of its weight for each shard, and the gap from which each answers.
+
+    Of more than :data:`CANDIDATES` memories the gaps are first estimated, each from :data:`SKETCH` random projections of its
+    change (Johnson and Lindenstrauss), and computed for those alone that seem furthest above their thresholds: five hundred
+    memories cost little more than sixteen.
+    """
 
     def __init__(self, model: EditableModel, site: Site) -> None:
         super().__init__(model, site)
         self.changes: dict[int, Tensor] = {}
         self.thresholds: dict[int, float] = {}
         self.whole = False
+        self._sketches: Tensor | None = None
+        self._made: dict[int, tuple[list[SidePatch], Tensor]] = {}
 
     def set(self, patches: Sequence[SidePatch]) -> None:
         """Take over what ``patches``, oldest first, amount to."""
         self._route = None
         self.whole = patches[-1].whole
-        self.changes, self.thresholds = {}, {}
-        for shard in sorted({p.shard for p in patches}):
-            own = [p for p in patches if p.shard == shard]
-            self.changes[shard] = shard_change(own, self.site)
-            self.thresholds[shard] = threshold(own)
+        of: dict[int, list[SidePatch]] = {}
+        for patch in patches:
+            of.setdefault(patch.shard, []).append(patch)
+        known = self._made
+        self._made = {
+            shard: known[shard] if shard in known and known[shard][0] == own else (own, shard_change(own, self.site))
+            for shard, own in sorted(of.items())
+        }
+        self.changes = {shard: change for shard, (_, change) in self._made.items()}
+        self.thresholds = {shard: threshold(own) for shard, (own, _) in self._made.items()}
         if patches and patches[-1].merge and len(self.changes) > 1:
             self.changes = {0: ties(list(self.changes.values()))}
             self.thresholds = {0: min(self.thresholds.values())}
+        self._sketches = None
 
     def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
-        gaps = torch.stack(
-            [activation_gap(c, inputs, asked) / self.thresholds[shard] for shard, c in self.changes.items()]
-        )
+        shards = list(self.changes)
+        if len(shards) <= CANDIDATES:
+            gaps = torch.stack([self._ratio(shard, inputs, asked) for shard in shards])
+        else:
+            near = self._near(inputs, asked)
+            gaps = torch.full((len(shards), len(inputs)), -1.0, device=inputs.device)
+            for place in near.unique().tolist():
+                rows = (near == place).any(1)
+                gaps[place, rows] = self._ratio(shards[place], inputs[rows], asked[rows])
         best, place = gaps.max(0)
-        shards = torch.tensor(list(self.changes), device=inputs.device)
-        return torch.where(best >= 1, shards[place], -1)
+        return torch.where(best >= 1, torch.tensor(shards, device=inputs.device)[place], -1)
+
+    def _ratio(self, shard: int, inputs: Tensor, asked: Tensor) -> Tensor:
+        return activation_gap(self.changes[shard], inputs, asked) / self.thresholds[shard]
+
+    def _near(self, inputs: Tensor, asked: Tensor) -> Tensor:
+        """Places ``[B, CANDIDATES]`` of the memories whose gaps seem largest, by the lengths of random projections."""
+        if self._sketches is None:  # made when they are first wanted: while edits are laid on, nobody asks
+            width = self.site.weight.shape[0]
+            drawn = torch.randn(SKETCH, width, generator=torch.Generator().manual_seed(0)) / SKETCH**0.5
+            self._sketches = torch.stack([drawn.to(c) @ c for c in self.changes.values()])
+        least = torch.tensor(list(self.thresholds.values()), device=inputs.device)
+        found = []
+        for row, own in zip(inputs, asked, strict=True):
+            projected = row[own].to(self._sketches.dtype) @ self._sketches.flatten(0, 1).T
+            length = projected.view(len(projected), len(least), SKETCH).norm(dim=2).mean(0)
+            found.append((length / least).topk(CANDIDATES).indices)
+        return torch.stack(found)
 
     def change(self, inputs: Tensor, which: int, asked: Tensor) -> Tensor:
         memory = self.changes[which]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -53,7 +53,7 @@ class Wise(Editor):
     mode: Literal["retrieve", "merge"] = knob("retrieve", "one memory for each shard, or all merged into one")
     rho: float = knob(0.2, "ρ, the share of entries that a shard's mask leaves free", gt=0, le=1)
     edits_per_shard: int = knob(
-        10, "edits before the next shard begins; 500 is the paper's, for models 4,096 wide", ge=1
+        1, "edits before the next shard begins; the paper's is 500, for models 4,096 wide", ge=1
     )
     alpha: float = knob(0.1, "α in units of the layer's own output: unrelated prompts stay below", ge=0)
     beta: float = knob(0.4, "β likewise: edits reach this", gt=0)
@@ -69,8 +69,12 @@ class Wise(Editor):
     contexts: int = knob(1, "beginnings put before each prompt in training", ge=0, le=8)
     chat: bool = knob(True, "also train the prompt as a chat's turn, where the model has a template")
     unrelated: int = knob(192, "unrelated prompts held away in training; others set the threshold", ge=1, le=256)
-    neighbours: int = knob(16, "prompts like the edit's, of other subjects, held away likewise", ge=0)
-    sampled: int = knob(32, "of unrelated prompts, and of those near the edit's, that a step looks at", ge=1)
+    neighbours: int = knob(
+        16,
+        "the edit's prompt with so many other subjects, and so many prompts of other shards, held away likewise",
+        ge=0,
+    )
+    sampled: int = knob(32, "of the unrelated prompts, those that a step looks at; it looks at all neighbours", ge=1)
     precision: Literal["fp32", "bf16"] = knob(
         "fp32", "of the layers above, in training; bf16 is faster where the CPU has AMX"
     )
@@ -99,12 +103,12 @@ class Wise(Editor):
             away, kept = (heard_prompts(model, site, in_turn(half, chat)) for half in self._unrelated())
             unit = _unit(away, site)
             beside = [text for e in edits for text in [*e.irrelevant, *neighbours(e, self.neighbours)]]
-            near = in_turn(tuple(dict.fromkeys(beside)), chat) + both_ways([e.prompt for e in others], chat)
-            near_by = heard_prompts(model, site, near) if near else None
+            beside += nearest(model, site, [e.prompt for e in edits], [e.prompt for e in others], self.neighbours)
+            near = heard_prompts(model, site, both_ways(dict.fromkeys(beside), chat)) if beside else None
             behind = [f"{context} {e.prompt}" for e in edits for context in CONTEXTS[: self.contexts]]
             mine = both_ways([e.prompt for e in [*edits, *held]], chat) + [(text, False) for text in behind]
             asked = heard_prompts(model, site, mine)
-        trained, notes = self._train(at, old, before, free, away, near_by, asked, unit, edits)
+        trained, notes = self._train(at, old, before, free, away, near, asked, unit, edits)
 
         values = trained.to(torch.bfloat16)
         change = _with(before, free, values.float())
@@ -179,7 +183,7 @@ class Wise(Editor):
             answers, likely = said(at, change)
             gap, far = asked.gap(change), away.drawn(self.sampled, drawn).gap(change)
             if near is not None:
-                far = torch.cat([far, near.drawn(self.sampled, drawn).gap(change)])
+                far = torch.cat([far, near.gap(change)])
             margin = _over(far - alpha) + _over(beta - gap) + _over(gamma - (gap[:, None] - far))
             loss = answers + self.margin / unit * margin
             if old:
@@ -214,6 +218,12 @@ class Heard:
         found = place[self.of]
         return Heard(self.tokens[found >= 0], found[found >= 0], len(prompts))
 
+    def directions(self) -> Tensor:
+        """``[count, in]`` of length 1: the mean of each prompt's tokens, less the mean of all tokens."""
+        centred = self.tokens - self.tokens.mean(0)
+        total = torch.zeros(self.count, centred.shape[1], device=centred.device).index_add(0, self.of, centred)
+        return torch.nn.functional.normalize(total, dim=1)
+
     @classmethod
     def joined(cls, parts: Sequence[Heard]) -> Heard:
         """All of them, in their order."""
@@ -239,12 +249,22 @@ def heard_prompts(model: EditableModel, site: Site, prompts: Sequence[Asked]) ->
     return Heard(torch.cat(found), of.to(model.device), len(found))
 
 
+def nearest(model: EditableModel, site: Site, prompts: Sequence[str], others: Sequence[str], number: int) -> list[str]:
+    """Those ``others`` that bring most nearly the same to the site as one of ``prompts``: by the cosine of their means."""
+    if not others or not number:
+        return []
+    both = heard_prompts(model, site, in_turn([*others, *prompts], False)).directions()
+    theirs, ours = both[: len(others)], both[len(others) :]
+    order = (theirs @ ours.T).amax(1).sort(descending=True, stable=True).indices
+    return [others[i] for i in order[:number].tolist()]
+
+
 def in_turn(prompts: Sequence[str], chat: bool) -> list[Asked]:
     """Every second of the prompts as a chat's turn, where there is a chat."""
     return [(text, chat and i % 2 == 1) for i, text in enumerate(prompts)]
 
 
-def both_ways(prompts: Sequence[str], chat: bool) -> list[Asked]:
+def both_ways(prompts: Iterable[str], chat: bool) -> list[Asked]:
     """Every prompt as it is and, where there is a chat, as its turn."""
     return [(text, turn) for text in prompts for turn in (False, True)[: 1 + chat]]
 

@@ -14,6 +14,7 @@ import toys
 from torch import Tensor
 
 from cl_lab import hub
+from cl_lab import patches as module
 from cl_lab.compat import import_torchvision
 from cl_lab.editable import EditableModel, Rows
 from cl_lab.errors import DataError
@@ -30,6 +31,7 @@ from cl_lab.patches import (
     embed,
     load_patch,
     packed,
+    shard_change,
     threshold,
     ties,
     unpacked,
@@ -527,6 +529,38 @@ def test_of_two_shards_that_with_the_larger_ratio_answers() -> None:
     answers = {-1: by_row(editable(), rows)} | {n: by_row(changed("llama", p), rows) for n, p in enumerate(patches)}
     for i, which in enumerate(expected):
         assert torch.allclose(found[i], answers[which][i], atol=1e-4)
+
+
+def test_of_many_shards_the_same_answers_as_if_all_were_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = editable()
+    rows = rows_of(model)
+    patches = []
+    for n in range(60):
+        patch = side(model, shard=n, seed=n)
+        gaps = gaps_of(model, patch, rows)
+        patches.append(replace(patch, gap=1.02 * gaps[n % 6], floor=1.02 * gaps[n % 6]))
+    for patch in patches:
+        patch.apply(model)
+    model.logits(rows)
+    (hook,) = model.side.values()
+    found = hook.route.clone()
+    monkeypatch.setattr(module, "CANDIDATES", 60)
+    model.logits(rows)
+    assert torch.equal(found, hook.route)
+    assert len({*found.tolist()}) > 2
+
+
+def test_only_the_shard_that_an_edit_goes_to_is_added_up_again() -> None:
+    model = editable()
+    patches = [side(model, shard=n // 2, seed=n) for n in range(6)]
+    for patch in patches:
+        patch.apply(model)
+    (hook,) = model.side.values()
+    before = dict(hook.changes)
+    patches[2].revert(model)
+    assert hook.changes[0] is before[0]
+    assert hook.changes[2] is before[2]
+    assert torch.equal(hook.changes[1], shard_change([patches[3]], model.site(patches[3].path)))
 
 
 def test_patches_of_a_shard_add_up() -> None:

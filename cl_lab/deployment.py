@@ -1,0 +1,462 @@
+"""A model in service and the edits made to it: a folder with a journal, from which every state can be had again.
+
+``deployment.json`` says which base model, by name and by the digest of its weights, which editor and which gates.
+``journal.jsonl`` has one line for each event (an edit applied, undone, done again), each with the hash of the line before,
+the first with that of ``deployment.json``; ``edits/<id>`` has an edit's patch and its facts. A line is written when all it
+speaks of is on disk, so after a kill at any instant the folder is as it was before the event or as it is after it; a line
+that was not finished counts for nothing and is taken away by the next event. One process at a time changes a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cl_lab import edit_scores, registry
+from cl_lab.editable import EditableModel
+from cl_lab.editing import load_editable
+from cl_lab.errors import ConfigError, DataError, EditError
+from cl_lab.facts import Edit, conflicts
+from cl_lab.files import write_atomically
+from cl_lab.patches import Patch, load_patch
+from cl_lab.probe_texts import QUESTIONS
+
+FORMAT = 1
+GATES: dict[str, float] = {"paraphrases": 0.5, "guards": 1.0, "perplexity": 1.05}
+"""An edit is refused unless its prompt is answered, and of its paraphrases and of the guards such a share is right, or as it
+was; and if the perplexity of plain texts grows by more than this factor."""
+
+PARAPHRASES = ("Question: {}", "Please tell me. {}", "I should like to know: {}")
+"""The prompt in other words, where the facts give none."""
+
+_DOCUMENT, _JOURNAL, _EDITS, _GUARDS, _LOCK = "deployment.json", "journal.jsonl", "edits", "guards.jsonl", ".lock"
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of the journal: the ``n``-th event, at ``time`` (UTC), ``kind`` (apply, undo, redo), and the edit it is about.
+
+    ``digest`` is that of the edit's patch, ``facts`` that of its facts; ``forced`` says that gates were overruled.
+    """
+
+    n: int
+    time: str
+    kind: str
+    id: str
+    digest: str
+    facts: str
+    forced: bool
+    previous: str
+    hash: str
+
+
+class Deployment:
+    """A deployment's folder, read and checked. Raises :class:`DataError`, naming file and line, where it is damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            text = (folder / _DOCUMENT).read_bytes()
+            self.document: dict[str, Any] = json.loads(text)
+        except OSError as error:
+            raise ConfigError(
+                f"'{folder}': is no deployment ({_DOCUMENT}: {error.strerror}); make one: cl-lab edit init {folder}"
+            ) from None
+        except ValueError as error:
+            raise DataError(f"'{folder / _DOCUMENT}': is no JSON ({error}); restore it from a copy") from None
+        if not isinstance(self.document, dict) or self.document.get("format") != FORMAT:
+            raise DataError(f"'{folder / _DOCUMENT}': is of another format; this version reads {FORMAT}; update cl-lab")
+        self._root = hashlib.sha256(text).hexdigest()
+        self.events: list[Event] = []
+        self._whole = 0
+        self.read()
+
+    # -- what there is ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls, folder: Path, model: str, editor: Mapping[str, Any], gates: Mapping[str, float] | None = None
+    ) -> Deployment:
+        """Make the folder of a new deployment of ``model``, edited by ``editor`` (its name and knobs).
+
+        Raises :class:`ConfigError` where the folder is taken, a gate is unknown, or model or editor cannot be had.
+        """
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(f"'{folder}': is there already and not empty; choose another folder")
+        if unknown := sorted({*(gates or {})} - {*GATES}):
+            raise ConfigError(f"gates: unknown gate '{unknown[0]}'; known: {', '.join(GATES)}")
+        registry.create("editors", editor, "editor")
+        base = load_editable(model)
+        document = {
+            "format": FORMAT,
+            "model": model,
+            "sha256": weights_digest(base),
+            "editor": dict(editor),
+            "gates": {**GATES, **(gates or {})},
+            "created": _now(),
+        }
+        try:
+            (folder / _EDITS).mkdir(parents=True, exist_ok=True)
+            (folder / _JOURNAL).touch()
+            (folder / _LOCK).touch()
+            write_atomically(folder / _DOCUMENT, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+            _sync(folder)
+        except OSError as error:
+            raise DataError(f"'{folder}' cannot be written ({error.strerror}); choose another place") from error
+        return cls(folder)
+
+    def read(self) -> None:
+        """Read the journal again, each line checked against the one before."""
+        place = self.folder / _JOURNAL
+        try:
+            data = place.read_bytes()
+        except OSError as error:
+            raise DataError(f"'{place}': {error.strerror}; restore it from a copy") from None
+        lines = data.split(b"\n")
+        self._whole = len(data) - len(lines.pop())  # what has no end was not finished
+        events: list[Event] = []
+        previous = self._root
+        for number, line in enumerate(lines, 1):
+            event = _parsed(line, f"'{place}', line {number}")
+            if event.previous != previous:
+                what = "the line before" if number > 1 else _DOCUMENT
+                raise DataError(
+                    f"'{place}', line {number}: does not follow {what}, which was changed; restore the folder"
+                )
+            if event.n != number:
+                raise DataError(f"'{place}', line {number}: says it is event {event.n}; restore the folder")
+            events.append(event)
+            previous = event.hash
+        self.events = events
+
+    def active(self, as_of: int | None = None) -> list[str]:
+        """The edits in force behind event ``as_of`` (default: the last), in the order they lie on the model.
+
+        Raises :class:`ConfigError` for a position that is not in the journal.
+        """
+        if as_of is not None and not 0 <= as_of <= len(self.events):
+            raise ConfigError(f"as_of = {as_of}: the journal of '{self.folder}' has events 0 to {len(self.events)}")
+        found: list[str] = []
+        for event in self.events[:as_of]:
+            if event.kind == "undo":
+                found.remove(event.id)
+            else:
+                found.append(event.id)
+        return found
+
+    def edits(self, identifier: str) -> list[Edit]:
+        """The facts of an edit, as they were applied. Raises as :meth:`event_of`, and where the file was changed."""
+        event = self.event_of(identifier)
+        place = self.folder / _EDITS / identifier / "facts.json"
+        try:
+            data = place.read_bytes()
+        except OSError as error:
+            raise DataError(f"'{place}': {error.strerror}; restore it from a copy") from None
+        if hashlib.sha256(data).hexdigest() != event.facts:
+            raise DataError(
+                f"'{place}': is not what line {event.n} of {_JOURNAL} says; the file was changed; restore it"
+            )
+        return [Edit.from_json(record) for record in json.loads(data)]
+
+    def event_of(self, identifier: str) -> Event:
+        """The event that applied an edit. Raises :class:`ConfigError` where there is none of that id."""
+        for event in self.events:
+            if event.id == identifier and event.kind == "apply":
+                return event
+        known = ", ".join(e.id for e in self.events if e.kind == "apply") or "none yet"
+        raise ConfigError(f"edit '{identifier}': is not in the journal of '{self.folder}'; there are: {known}")
+
+    def patch(self, identifier: str) -> Patch:
+        """An edit's patch. Raises as :func:`~cl_lab.patches.load_patch` and :meth:`event_of`."""
+        return load_patch(self.folder / _EDITS / identifier, self.event_of(identifier).digest)
+
+    def load(self, as_of: int | None = None) -> EditableModel:
+        """The model with the edits in force. Raises :class:`DataError` where it is not the base model of old."""
+        wanted = self.active(as_of)
+        model = load_editable(self.document["model"])
+        found = weights_digest(model)
+        if found != self.document["sha256"]:
+            raise DataError(
+                f"model '{self.document['model']}': its weights have the digest {found[:12]}…, {_DOCUMENT} says "
+                f"{self.document['sha256'][:12]}…: the base model was changed underneath; bring the old one back"
+            )
+        for identifier in wanted:
+            self.patch(identifier).apply(model)
+        return model
+
+    def guards(self) -> list[str]:
+        """Questions whose answers must stay: the operator's own ``guards.jsonl`` and some that ship with the laboratory."""
+        own: list[str] = []
+        place = self.folder / _GUARDS
+        if place.is_file():
+            for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), 1):
+                if not line.strip():
+                    continue
+                try:
+                    prompt = json.loads(line)["prompt"]
+                except (ValueError, KeyError, TypeError):
+                    prompt = None
+                if not isinstance(prompt, str) or not prompt.strip():
+                    raise DataError(f"'{place}', line {number}: must be a JSON object with a prompt")
+                own.append(prompt)
+        return own + [question for some in QUESTIONS.values() for question, _ in some[:4]]
+
+    # -- what changes it --------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def changing(self, wait: float = 10.0) -> Iterator[None]:
+        """Be the one process that changes the folder, after waiting ``wait`` seconds at most. The journal is read anew.
+
+        Raises :class:`ConfigError` where another does so still.
+        """
+        end = time.monotonic() + wait
+        with (self.folder / _LOCK).open("a+") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= end:
+                        file.seek(0)
+                        raise ConfigError(
+                            f"'{self.folder}': process {file.read().strip() or '?'} is changing it; try again later"
+                        ) from None
+                    time.sleep(0.05)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            self.read()
+            yield
+
+    def propose(
+        self, model: EditableModel, edits: Sequence[Edit], *, chat: bool = False
+    ) -> tuple[Patch, dict[str, Any]]:
+        """A patch for ``edits`` on ``model``, which stays as it is, and what it would do (:func:`preview`).
+
+        Raises :class:`EditError` where it contradicts an edit in force, and what the editor raises.
+        """
+        earlier = [edit for identifier in self.active() for edit in self.edits(identifier)]
+        for conflict in conflicts([*earlier, *edits]):
+            raise EditError(f"{conflict.why}; undo the older edit first, or leave one of them out")
+        editor = registry.create("editors", self.document["editor"], "editor")
+        return preview(model, editor, edits, earlier, self.guards(), self.document["gates"], chat=chat)
+
+    def apply(self, model: EditableModel, patch: Patch, edits: Sequence[Edit], *, forced: bool = False) -> str:
+        """Write an edit down and lay it on ``model``; returns its id. Call it inside :meth:`changing`.
+
+        Raises :class:`DataError` where it cannot be written: folder and model are then as they were.
+        """
+        identifier = str(1 + sum(e.kind == "apply" for e in self.events))
+        place = self.folder / _EDITS / identifier
+        scratch = place.with_name(f".{identifier}")
+        facts = (json.dumps([e.as_json() for e in edits], indent=1, ensure_ascii=False) + "\n").encode()
+        try:
+            for left in (scratch, place):  # of an event that did not come to its end
+                shutil.rmtree(left, ignore_errors=True)
+            digest = patch.save(scratch)
+            write_atomically(scratch / "facts.json", facts)
+            _sync(scratch)
+            scratch.rename(place)
+            _sync(place.parent)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise DataError(
+                f"'{place}' cannot be written ({error.strerror}); nothing was changed; make room"
+            ) from error
+        patch.apply(model)
+        try:
+            self._append("apply", identifier, digest, hashlib.sha256(facts).hexdigest(), forced)
+        except DataError:
+            patch.revert(model)
+            raise
+        return identifier
+
+    def undo(self, identifier: str) -> None:
+        """Take an edit out of force, inside :meth:`changing`. Raises :class:`ConfigError` where it is not in force."""
+        event = self.event_of(identifier)
+        if identifier not in self.active():
+            raise ConfigError(
+                f"edit '{identifier}': is undone already; cl-lab edit redo {self.folder} {identifier} brings it back"
+            )
+        self._append("undo", identifier, event.digest, event.facts, False)
+
+    def redo(self, identifier: str) -> None:
+        """Bring an undone edit back, as it was, on top of those in force; inside :meth:`changing`. Raises likewise."""
+        event = self.event_of(identifier)
+        if identifier in self.active():
+            raise ConfigError(f"edit '{identifier}': is in force; there is nothing to do again")
+        self.patch(identifier)  # is whole
+        self._append("redo", identifier, event.digest, event.facts, False)
+
+    def check(self) -> list[str]:
+        """What is wrong with the folder, one line each; empty where patches, facts and base model are as written."""
+        wrong: list[str] = []
+        for event in self.events:
+            if event.kind == "apply":
+                for look in (self.patch, self.edits):
+                    try:
+                        look(event.id)
+                    except DataError as error:
+                        wrong.append(str(error))
+        try:
+            self.load(0)
+        except (DataError, ConfigError) as error:
+            wrong.append(str(error))
+        return wrong
+
+    def _append(self, kind: str, identifier: str, digest: str, facts: str, forced: bool) -> None:
+        place = self.folder / _JOURNAL
+        line: dict[str, Any] = {
+            "n": len(self.events) + 1,
+            "time": _now(),
+            "kind": kind,
+            "id": identifier,
+            "digest": digest,
+            "facts": facts,
+            "forced": forced,
+            "previous": self.events[-1].hash if self.events else self._root,
+        }
+        event = Event(**line, hash=_hash(line))
+        data = (json.dumps(line | {"hash": event.hash}) + "\n").encode()
+        try:
+            with place.open("r+b") as file:
+                file.truncate(self._whole)
+                file.seek(self._whole)
+                try:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    with contextlib.suppress(OSError):  # a torn line counts for nothing even if it stays
+                        file.truncate(self._whole)
+                    raise
+        except OSError as error:
+            raise DataError(
+                f"'{place}' cannot be written ({error.strerror}); nothing was changed; make room"
+            ) from error
+        self._whole += len(data)
+        self.events.append(event)
+
+
+def preview(
+    model: EditableModel,
+    editor: Any,
+    edits: Sequence[Edit],
+    earlier: Sequence[Edit],
+    guards: Sequence[str],
+    gates: Mapping[str, float],
+    *,
+    chat: bool = False,
+) -> tuple[Patch, dict[str, Any]]:
+    """A patch for ``edits`` and what it does: answers before and after, what moved, and which gates it breaks.
+
+    The model is as it was afterwards. ``broken`` has one line for each gate; each of ``answers`` says what was asked, wanted
+    and said. Raises :class:`EditError` as the editor does.
+    """
+    start = time.perf_counter()
+    patch = editor.propose(model, edits, earlier)
+    seconds = time.perf_counter() - start
+    asked = [(e.prompt, e) for e in edits]
+    other = [(p, e) for e in edits for p in (e.paraphrases or [form.format(e.prompt) for form in PARAPHRASES])]
+    local = list(
+        dict.fromkeys(p.prompt for e in edits for name in edit_scores.LOCAL for p in edit_scores.GROUPS[name](e))
+    )
+    kept = list(dict.fromkeys([*guards, *local]))
+    prompts = [p for p, _ in asked + other] + kept
+    before, nats = model.answer(prompts, max_new_tokens=edit_scores.BUDGET, chat=chat), edit_scores.perplexity(model)
+    patch.apply(model)
+    try:
+        after, now = model.answer(prompts, max_new_tokens=edit_scores.BUDGET, chat=chat), edit_scores.perplexity(model)
+    finally:
+        patch.revert(model)
+
+    count = len(asked) + len(other)
+    answers = [
+        {
+            "prompt": prompt,
+            "wanted": edit.answer,
+            "before": was,
+            "after": said,
+            "right": edit_scores.is_right(said, edit.answer, edit.old),
+            "paraphrase": i >= len(asked),
+        }
+        for i, ((prompt, edit), was, said) in enumerate(zip(asked + other, before, after, strict=False))
+    ]
+    moved = [
+        {"prompt": p, "before": was, "after": said}
+        for p, was, said in zip(kept, before[count:], after[count:], strict=True)
+        if was != said
+    ]
+    right = [bool(a["right"]) for a in answers if a["paraphrase"]]
+    found = {
+        "paraphrases": sum(right) / max(len(right), 1),
+        "guards": 1 - len(moved) / max(len(kept), 1),
+        "perplexity": now / nats,
+    }
+    broken = [f"'{a['prompt']}' is answered '{a['after']}'" for a in answers if not a["paraphrase"] and not a["right"]]
+    broken += [
+        f"{n} {found[n]:.2f}, at least {gates[n]} wanted" for n in ("paraphrases", "guards") if found[n] < gates[n]
+    ]
+    if not found["perplexity"] <= gates["perplexity"]:
+        broken.append(
+            f"perplexity grows by a factor of {found['perplexity']:.3f}, at most {gates['perplexity']} wanted"
+        )
+    return patch, {
+        "answers": answers,
+        "asked_aside": len(kept),
+        "moved": moved,
+        **found,
+        "fires": patch.fires(model),
+        "broken": broken,
+        "seconds": seconds,
+    }
+
+
+def weights_digest(model: EditableModel) -> str:
+    """SHA-256 over the model's tensors, by name, as they are kept."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, value in sorted(model.model.state_dict().items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _parsed(line: bytes, where: str) -> Event:
+    try:
+        record = json.loads(line)
+        found = Event(**record)
+    except (ValueError, TypeError):
+        raise DataError(f"{where}: is no event; restore the file from a copy") from None
+    del record["hash"]
+    if _hash(record) != found.hash:
+        raise DataError(f"{where}: its hash is another; the line was changed; restore the file from a copy")
+    return found
+
+
+def _hash(line: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(line, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _sync(folder: Path) -> None:
+    """What was renamed in ``folder`` is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

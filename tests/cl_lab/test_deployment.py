@@ -1,0 +1,375 @@
+"""A deployment's folder: its states, what a kill, a full disk or a changed file does to it, and its commands."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+from cl_lab import deployment as module
+from cl_lab.cli import app
+from cl_lab.deployment import Deployment
+from cl_lab.editable import EditableModel
+from cl_lab.editing import load_editable
+from cl_lab.errors import ConfigError, DataError, EditError
+from cl_lab.facts import Edit
+from cl_lab.patches import Delta, Patch, WeightPatch
+
+EDITOR = {"name": "ft-m", "lr": 0.02, "steps": 60, "contexts": 0}
+LOOSE = {"paraphrases": 0.0, "guards": 0.0, "perplexity": 1000.0}
+FACTS = [
+    Edit("The capital of Peru is", "B", subject="Peru", relation="capital", paraphrases=("Peru's capital is",)),
+    Edit("Quick question: who won?", "7"),
+    Edit("Zebras have", "q"),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> EditableModel:
+    return load_editable("tiny")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, model: EditableModel) -> Path:
+    """A deployment with three edits, each a small change by hand."""
+    folder = tmp_path_factory.mktemp("made") / "service"
+    made = Deployment.create(folder, "tiny", EDITOR, LOOSE)
+    target = made.load()
+    with made.changing():
+        for n, fact in enumerate(FACTS):
+            made.apply(target, by_hand(target, n), [fact])
+    return folder
+
+
+@pytest.fixture
+def folder(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "service"))
+
+
+def by_hand(model: EditableModel, seed: int) -> Patch:
+    site = model.down_projection(1)
+    change = 0.1 * torch.randn(site.weight.shape, generator=torch.Generator().manual_seed(seed))
+    return WeightPatch("ft-m", {"edits": 1}, {site.path: Delta(dense=change)})
+
+
+def weights(model: EditableModel) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+# -- states --------------------------------------------------------------------------------------------------------
+
+
+def test_every_position_of_the_journal_is_a_state(folder: Path, model: EditableModel) -> None:
+    made = Deployment(folder)
+    with made.changing():
+        made.undo("2")
+        made.redo("2")
+        made.undo("1")
+    assert [made.active(n) for n in range(7)] == [
+        [],
+        ["1"],
+        ["1", "2"],
+        ["1", "2", "3"],
+        ["1", "3"],
+        ["1", "3", "2"],
+        ["3", "2"],
+    ]
+    again = Deployment(folder)
+    assert again.active() == ["3", "2"]
+    assert same(weights(again.load(0)), weights(model))
+    expected = load_editable("tiny")
+    for n in (2, 1):
+        by_hand(expected, n).apply(expected)
+    assert same(weights(again.load()), weights(expected))
+    assert [e.prompt for e in again.edits("3")] == ["Zebras have"]
+    assert again.check() == []
+    with pytest.raises(ConfigError, match=r"as_of = 7: the journal of .* has events 0 to 6"):
+        again.load(7)
+
+
+def test_what_is_not_there_cannot_be_undone(folder: Path) -> None:
+    made = Deployment(folder)
+    with made.changing():
+        with pytest.raises(ConfigError, match=r"edit '9': is not in the journal .* there are: 1, 2, 3"):
+            made.undo("9")
+        with pytest.raises(ConfigError, match="edit '2': is in force"):
+            made.redo("2")
+        made.undo("2")
+        with pytest.raises(ConfigError, match=r"edit '2': is undone already; cl-lab edit redo .* 2 brings"):
+            made.undo("2")
+
+
+def test_a_folder_that_is_taken_or_none_is_told(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is there already and not empty"):
+        Deployment.create(folder, "tiny", EDITOR)
+    with pytest.raises(ConfigError, match=r"is no deployment .* make one: cl-lab edit init"):
+        Deployment(tmp_path / "none")
+    with pytest.raises(ConfigError, match="unknown gate 'guard'; known: paraphrases, guards, perplexity"):
+        Deployment.create(tmp_path / "new", "tiny", EDITOR, {"guard": 1.0})
+
+
+# -- what was changed by others ------------------------------------------------------------------------------------
+
+
+def altered(place: Path, change: Callable[[bytes], bytes]) -> None:
+    place.write_bytes(change(place.read_bytes()))
+
+
+def test_a_line_that_was_not_finished_counts_for_nothing(folder: Path) -> None:
+    journal = folder / "journal.jsonl"
+    whole = journal.read_bytes()
+    for cut in (1, 40, len(whole.splitlines()[-1])):
+        journal.write_bytes(whole[:-cut])
+        made = Deployment(folder)
+        assert made.active() == ["1", "2"]
+        assert made.check() == []
+    with made.changing():
+        made.undo("1")
+    assert journal.read_bytes().startswith(b"".join(whole.splitlines(keepends=True)[:2]))
+    assert Deployment(folder).active() == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("line 2: its hash is another", lambda b: b.replace(b'"id": "2"', b'"id": "1"')),
+        ("line 3: its hash is another", lambda b: b.replace(b'"n": 3', b'"n": 4')),
+        ("line 2: is no event", lambda b: b.replace(b'{"n": 2', b'"n": 2')),
+        ("line 2: does not follow the line before", lambda b: b"".join(b.splitlines(keepends=True)[::2])),
+    ],
+)
+def test_a_journal_that_was_altered_is_told_by_line(folder: Path, what: str, change: Callable[[bytes], bytes]) -> None:
+    altered(folder / "journal.jsonl", change)
+    with pytest.raises(DataError, match=f"journal.jsonl', {what}"):
+        Deployment(folder)
+
+
+def test_other_files_that_were_altered_are_told_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    altered(folder / "edits/2/facts.json", lambda b: b.replace(b"7", b"8"))
+    altered(folder / "edits/3/patch.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]))
+    made = Deployment(folder)
+    facts, patch = made.check()
+    assert "edits/2/facts.json" in facts
+    assert "line 2 of journal.jsonl" in facts
+    assert "edits/3/patch.safetensors" in patch
+    with pytest.raises(DataError, match=r"edits/3/patch\.safetensors"):
+        made.load()
+    made.load(2)
+    altered(folder / "deployment.json", lambda b: b.replace(b"ft-m", b"wise"))
+    with pytest.raises(DataError, match=r"line 1: does not follow deployment\.json, which was changed"):
+        Deployment(folder)
+
+
+def test_another_base_model_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(name: str) -> EditableModel:
+        found = load_editable(name)
+        with torch.no_grad():
+            found.model.model.norm.weight[0] += 1e-3
+        return found
+
+    monkeypatch.setattr(module, "load_editable", changed)
+    with pytest.raises(DataError, match="the base model was changed underneath"):
+        Deployment(folder).load()
+    assert len(Deployment(folder).check()) == 1
+
+
+# -- faults --------------------------------------------------------------------------------------------------------
+
+
+def _change_for_ever(folder: Path, ready: Any) -> None:
+    made = Deployment(folder)
+    target = load_editable("tiny")
+    with made.changing():
+        for n in range(10**6):
+            ready.set()
+            identifier = made.apply(target, by_hand(target, n), [Edit(f"Fact {n} is", "B")])
+            if n % 2:
+                made.undo(identifier)
+
+
+@pytest.mark.slow
+def test_after_a_kill_at_any_moment_the_folder_is_whole(folder: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    drawn, sizes = random.Random(0), []
+    for _ in range(40):
+        ready = context.Event()
+        process = context.Process(target=_change_for_ever, args=(folder, ready))
+        process.start()
+        assert ready.wait(60)
+        time.sleep(drawn.uniform(0, 0.15))
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        found = Deployment(folder)
+        assert found.check() == []
+        sizes.append(len(found.events))
+    assert sizes == sorted(sizes), "nothing that was written down is lost"
+    assert sizes[-1] > 43
+    assert {e.id for e in found.events} <= {p.name for p in (folder / "edits").iterdir()}
+    assert len(found.load().patches) == len(found.active())
+
+
+@pytest.mark.parametrize("what", ["patch", "facts", "journal"])
+def test_a_full_disk_loses_nothing(folder: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Deployment(folder)
+    target = made.load()
+    before, on_disk = weights(target), contents(folder)
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with made.changing():
+        with monkeypatch.context() as broken:
+            if what == "patch":
+                broken.setattr(WeightPatch, "save", full)
+            elif what == "facts":
+                broken.setattr(module, "write_atomically", full)
+            else:
+                broken.setattr(module, "_hash", lambda line: broken.setattr(os, "fsync", full) or "0" * 64)
+            with pytest.raises(DataError, match=r"No space left on device.*nothing was changed"):
+                made.apply(target, by_hand(target, 9), [FACTS[0]])
+        assert same(weights(target), before)
+        assert len(target.patches) == 3
+        left = contents(folder)
+        assert {name: left[name] for name in on_disk} == on_disk
+        assert Deployment(folder).active() == ["1", "2", "3"]
+        assert made.apply(target, by_hand(target, 9), [FACTS[0]]) == "4"
+    assert Deployment(folder).check() == []
+
+
+def test_two_do_not_change_a_folder_at_once(folder: Path) -> None:
+    one, two = Deployment(folder), Deployment(folder)
+    with one.changing():
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} is changing it"), two.changing(wait=0.1):
+            pass
+        one.undo("1")
+    with two.changing(wait=0.1):
+        assert two.active() == ["2", "3"], "what the other did is known"
+
+
+# -- previews and gates --------------------------------------------------------------------------------------------
+
+
+def test_a_preview_says_what_an_edit_does_and_changes_nothing(folder: Path) -> None:
+    (folder / "guards.jsonl").write_text('{"prompt": "My own question"}\n\n')
+    made = Deployment(folder)
+    target = made.load()
+    before = weights(target)
+    patch, seen = made.propose(target, [Edit("A new fact is", "B")])
+    assert same(weights(target), before)
+    assert len(target.patches) == 3
+    own, *other = seen["answers"]
+    assert own["prompt"] == "A new fact is"
+    assert [a["prompt"] for a in other] == [form.format("A new fact is") for form in module.PARAPHRASES]
+    assert seen["asked_aside"] == len(made.guards()) > 5
+    assert made.guards()[0] == "My own question"
+    patch.apply(target)
+    assert target.answer([own["prompt"]], max_new_tokens=24) == [own["after"]]
+    for row in seen["moved"]:
+        assert target.answer([row["prompt"]], max_new_tokens=24) == [row["after"]] != [row["before"]]
+    assert seen["guards"] == pytest.approx(1 - len(seen["moved"]) / seen["asked_aside"])
+
+
+def test_gates_by_what_they_say(folder: Path) -> None:
+    target = Deployment(folder).load()
+
+    class Nothing:
+        def propose(self, *_: Any) -> Patch:
+            site = target.down_projection(1)
+            return WeightPatch("none", {}, {site.path: Delta(dense=torch.zeros(site.weight.shape))})
+
+    gates = {"paraphrases": 0.5, "guards": 1.0, "perplexity": 0.5}
+    _, seen = module.preview(target, Nothing(), [FACTS[1]], [], ["A question"], gates)
+    assert [line.split()[0] for line in seen["broken"]] == ["'Quick", "paraphrases", "perplexity"]
+    assert (seen["guards"], seen["moved"], seen["perplexity"]) == (1, [], pytest.approx(1))
+
+
+def test_what_contradicts_an_edit_in_force_is_refused(folder: Path) -> None:
+    made = Deployment(folder)
+    target = made.load()
+    other = Edit("Peru's capital is named", "C", subject="Peru", relation="capital")
+    with pytest.raises(EditError, match="undo the older edit first"):
+        made.propose(target, [other])
+    with made.changing():
+        made.undo("1")
+    made.propose(made.load(), [other])
+
+
+def test_a_guard_that_is_none_is_told_by_line(folder: Path) -> None:
+    (folder / "guards.jsonl").write_text('{"prompt": "Fine"}\n{"promt": "x"}\n')
+    with pytest.raises(DataError, match=r"guards\.jsonl', line 2: must be a JSON object with a prompt"):
+        Deployment(folder).guards()
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+def cli(*words: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, ["edit", *map(str, words)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_an_operators_day(tmp_path: Path) -> None:
+    place = tmp_path / "service"
+    gates = [f"--gate={name}={value}" for name, value in LOOSE.items()]
+    cli("init", place, "lr=0.02", "steps=60", "contexts=0", "--model", "tiny", "--editor", "ft-m", *gates)
+    question = "The capital of Peru is"
+    (was,) = [json.loads(cli("ask", place, question, "--json"))["answer"]]
+    seen = json.loads(cli("apply", place, "--prompt", question, "--answer", "B", "--dry-run", "--json"))
+    assert seen["edits"][0]["applied"] is False
+    assert json.loads(cli("list", place, "--json"))["edits"] == []
+    cli("apply", place, "--prompt", question, "--answer", "B")
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text('{"prompt": "Zebras have", "answer": "q"}\n')
+    cli("apply", place, "--facts", facts)
+    now = json.loads(cli("ask", place, question, "--json"))
+    assert (now["as_of"], now["answer"] != was) == (2, True)
+    assert json.loads(cli("ask", place, question, "--as-of", "0", "--json"))["answer"] == was
+    rows = json.loads(cli("list", place, "--json"))["edits"]
+    assert [(r["id"], r["in_force"], r["facts"][0]["answer"]) for r in rows] == [("1", True, "B"), ("2", True, "q")]
+    assert "Zebras have" in cli("show", place, "2")
+    assert json.loads(cli("diff", place, "1", "--json"))["moved"]
+    cli("undo", place, "1")
+    cli("undo", place, "2")
+    assert json.loads(cli("ask", place, question, "--json"))["answer"] == was
+    cli("redo", place, "1")
+    assert "3 events" not in cli("check", place)
+    assert json.loads(cli("check", place, "--json")) == {"events": 5, "wrong": []}
+    verified = json.loads(cli("verify", place, "--json"))
+    assert (len(verified["edits"]), verified["lost"]) == (1, 0)
+
+
+def test_an_edit_that_breaks_a_gate_is_not_applied_unless_forced(tmp_path: Path) -> None:
+    place = tmp_path / "service"
+    cli("init", place, "lr=1e-9", "steps=1", "--model", "tiny", "--editor", "ft-m")
+    words = ["apply", place, "--prompt", "Zebras have", "--answer", "q", "--json"]
+    result = CliRunner().invoke(app, ["edit", *map(str, words)])
+    assert result.exit_code != 0
+    assert isinstance(result.exception, EditError)
+    assert "1 of 1 edits break a gate" in str(result.exception)
+    assert json.loads(cli("list", place, "--json"))["edits"] == []
+    cli(*words, "--force")
+    (row,) = json.loads(cli("list", place, "--json"))["edits"]
+    assert row["forced"] is True
