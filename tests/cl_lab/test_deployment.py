@@ -363,7 +363,7 @@ def test_an_operators_day(tmp_path: Path) -> None:
 
 def test_an_edit_that_breaks_a_gate_is_not_applied_unless_forced(tmp_path: Path) -> None:
     place = tmp_path / "service"
-    cli("init", place, "lr=1e-9", "steps=1", "--model", "tiny", "--editor", "ft-m")
+    cli("init", place, "lr=1e-5", "steps=3", "--model", "tiny", "--editor", "ft-m")
     words = ["apply", place, "--prompt", "Zebras have", "--answer", "q", "--json"]
     result = CliRunner().invoke(app, ["edit", *map(str, words)])
     assert result.exit_code != 0
