@@ -494,7 +494,7 @@ def shard_change(patches: Sequence[SidePatch], site: Site) -> Tensor:
 
 
 def threshold(patches: Sequence[SidePatch]) -> float:
-    """The gap from which a shard answers: four fifths of the least of its edits, as the newest patch found it.
+    """The gap from which a shard answers: seven tenths of the least of its edits, as the newest patch found it.
 
     But not below what unrelated prompts reach (``floor``), of which a stated share may be wrong.
     """

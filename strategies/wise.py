@@ -32,16 +32,17 @@ class Wise(Editor):
 
         L = CE(y|x) + max(0, D(x_i) − α) + max(0, β − D(x_e)) + max(0, γ − (D(x_e) − D(x_i)))
 
-    Each of ``edits_per_shard`` edits has its own shard; with ``mode=merge`` they are brought together by TIES. A prompt is
+    Each ``edits_per_shard`` edits have a shard of their own; with ``mode=merge`` they are brought together by TIES. A prompt is
     answered by the shard whose gap is furthest above its threshold, by the model itself where none is; the choice is made
     once, from the prompt's tokens. ``D``, ``α``, ``β``, ``γ`` count in units of the model's own: the median over tokens of
     unrelated texts of ``‖W·A(x)‖₂`` at that layer; the paper's 5, 20 and 10 were made for models 4,096 wide.
 
     Beyond the paper: a memory acts from the prompt's last own token on, so that what is before it is read once for all steps
-    and the margin's tokens and the answer's do not get in each other's way; the answer's end is learnt; all earlier edits of
-    the shard are rehearsed, ``replay`` in each step (its B.3; those of other shards count as unrelated); training stops when
-    the answers are sure and the prompts told apart; a shard's threshold is four fifths of the least gap of its edits, but
-    not below what all but a ``false_positives`` share of unrelated prompts reach that were not trained on.
+    and the margin's tokens and the answer's do not get in each other's way. A shard is one edit, unless told otherwise: none
+    overwrites another, and any can be taken away without touching the rest. In larger shards all earlier edits are rehearsed,
+    ``replay`` in each step (the paper's B.3). Held away are unrelated prompts, the edit's own with other subjects, and the
+    nearest prompts of other shards. The answer's end is learnt. A shard's threshold is seven tenths of the least gap of its
+    edits, but not below what all but a ``false_positives`` share of unrelated prompts reach that were not trained on.
     """
 
     removable: ClassVar[bool] = False
@@ -61,9 +62,12 @@ class Wise(Editor):
     margin: float = knob(2.0, "weight of the margin, in those units, beside the cross-entropy", gt=0)
     optimizer: Literal["adam", "sgd"] = knob("adam", "what steps the free entries; the paper's is sgd")
     lr: float = knob(0.02, "learning rate; 1 for sgd", gt=0, le=1000)
-    steps: int = knob(40, "steps for each patch, at most", ge=1)
+    steps: int = knob(30, "steps for each patch, at most", ge=1)
     stop_at: float = knob(
-        0.8, "stop when every token has this probability and prompts are told apart; 1: never", gt=0, le=1
+        1.0,
+        "stop when every token has this probability and prompts are told apart; 1: never, which tells them apart best",
+        gt=0,
+        le=1,
     )
     replay: int = knob(4, "earlier edits of the shard rehearsed in every step, in turn; 0: none", ge=0)
     contexts: int = knob(1, "beginnings put before each prompt in training", ge=0, le=8)
@@ -83,7 +87,7 @@ class Wise(Editor):
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
-        return {"contexts": 0, "lr": 0.05, "steps": 150, "rho": 0.5, "unrelated": 16}
+        return {"contexts": 0, "lr": 0.05, "steps": 150, "stop_at": 0.8, "rho": 0.5, "unrelated": 16}
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = edit_site(model, self.layer, self.module, 0.76)
