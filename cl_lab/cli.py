@@ -644,6 +644,22 @@ def edit_diff(folder: Folder, identifier: Identifier, chat: AsChat = False, as_j
     _console().print(table)
 
 
+@edit.command("export")
+def edit_export(
+    folder: Folder,
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    as_json: Json = False,
+) -> None:
+    """Write the model as it is deployed: a plain Transformers folder where edits fold into weights."""
+    from cl_lab.deployment import Deployment
+
+    made = Deployment(folder).export(out)
+    if as_json:
+        _print_json(made | {"path": str(out)})
+        return
+    typer.echo(f"{out}: {made['edits']} edits in force; load it with {made['load']}")
+
+
 def _preview_table(prompt: str, seen: Mapping[str, Any]) -> Any:
     from rich.table import Table
 

@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cl_lab import edit_scores, registry
+from cl_lab import edit_scores, hub, registry
 from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, EditError
 from cl_lab.facts import Edit, conflicts
 from cl_lab.files import write_atomically
-from cl_lab.patches import Patch, load_patch
+from cl_lab.patches import Patch, WeightPatch, load_patch
 from cl_lab.probe_texts import QUESTIONS
 
 FORMAT = 1
@@ -40,6 +40,7 @@ PARAPHRASES = ("Question: {}", "Please tell me. {}", "I should like to know: {}"
 """The prompt in other words, where the facts give none."""
 
 _DOCUMENT, _JOURNAL, _EDITS, _GUARDS, _LOCK = "deployment.json", "journal.jsonl", "edits", "guards.jsonl", ".lock"
+_EXPORT = "cl-lab.json"
 
 
 @dataclass(frozen=True)
@@ -298,6 +299,44 @@ class Deployment:
         self.patch(identifier)  # is whole
         self._append("redo", identifier, event.digest, event.facts, False)
 
+    def export(self, out: Path) -> dict[str, Any]:
+        """Write the model as it is deployed into ``out``; returns ``plain`` (bool) and how to load it, ``load``.
+
+        Where every edit in force is a change of weights, a plain folder of Transformers'. Else the base model's, with the
+        patches beside it: :func:`load_exported` reads both. Raises :class:`ConfigError` where ``out`` is taken, and
+        :class:`DataError` where it cannot be written.
+        """
+        if out.exists() and any(out.iterdir()):
+            raise ConfigError(f"'{out}': is there already and not empty; choose another folder")
+        patches = [self.patch(identifier) for identifier in self.active()]
+        plain = all(isinstance(patch, WeightPatch) for patch in patches)
+        model = self.load(None if plain else 0)
+        scratch = out.with_name(f".{out.name}")
+        document = {
+            "format": FORMAT,
+            "model": self.document["model"],
+            "events": len(self.events),
+            "tokenizer": "bytes" if isinstance(model.tokenizer, hub.ByteTokenizer) else None,
+            "patches": [] if plain else [patch.editor for patch in patches],
+        }
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            hub.save_causal_lm(model.model, model.tokenizer, scratch)
+            for n, patch in enumerate([] if plain else patches):
+                patch.save(scratch / _EDITS / f"{n:06d}")
+            write_atomically(scratch / _EXPORT, json.dumps(document, indent=1) + "\n")
+            if out.exists():
+                out.rmdir()
+            scratch.rename(out)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise DataError(
+                f"'{out}' cannot be written ({error.strerror}); make room or choose another place"
+            ) from error
+        how = f"AutoModelForCausalLM.from_pretrained('{out}')" if plain else f"cl_lab.load('{out}')"
+        return {"plain": plain, "load": how, "edits": len(patches)}
+
     def check(self) -> list[str]:
         """What is wrong with the folder, one line each; empty where patches, facts and base model are as written."""
         wrong: list[str] = []
@@ -346,6 +385,28 @@ class Deployment:
             ) from error
         self._whole += len(data)
         self.events.append(event)
+
+
+def load_exported(folder: Path) -> EditableModel:
+    """The model in a folder of :meth:`Deployment.export`, or of a deployment, with its edits in force.
+
+    Raises :class:`ConfigError` for a folder that is neither, :class:`DataError` for one that is damaged.
+    """
+    if (folder / _DOCUMENT).is_file():
+        return Deployment(folder).load()
+    try:
+        document = json.loads((folder / _EXPORT).read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(f"'{folder}': is neither a deployment nor an export of one ({_EXPORT} is missing)") from None
+    except ValueError as error:
+        raise DataError(f"'{folder / _EXPORT}': is no JSON ({error}); export again") from None
+    if document.get("format") != FORMAT:
+        raise DataError(f"'{folder / _EXPORT}': is of another format; this version reads {FORMAT}; update cl-lab")
+    tokenizer = hub.load_tokenizer(document["tokenizer"] or str(folder))
+    model = EditableModel(hub.load_causal_lm(str(folder)), tokenizer, str(folder))
+    for n in range(len(document["patches"])):
+        load_patch(folder / _EDITS / f"{n:06d}").apply(model)
+    return model
 
 
 def preview(

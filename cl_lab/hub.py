@@ -368,6 +368,16 @@ def load_causal_lm(name: str, *, dtype: str = "float32", trust_remote_code: bool
     return made
 
 
+def save_causal_lm(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a model as a folder that Transformers loads, with its tokenizer where that is a pretrained one.
+
+    Raises :class:`OSError` as writing does.
+    """
+    model.save_pretrained(folder)
+    if isinstance(tokenizer, PretrainedTokenizer):
+        tokenizer.tokenizer.save_pretrained(folder)
+
+
 def new_cache() -> Any:
     """An empty cache of keys and values, for reading a text token by token."""
     return _transformers().DynamicCache()

@@ -32,14 +32,14 @@ class Wise(Editor):
 
         L = CE(y|x) + max(0, D(x_i) − α) + max(0, β − D(x_e)) + max(0, γ − (D(x_e) − D(x_i)))
 
-    Each ``edits_per_shard`` edits have a shard of their own; with ``mode=merge`` they are brought together by TIES. A prompt is
+    Each ``edits_per_shard`` edits have a shard of their own; with ``mode=merge`` TIES brings them together. A prompt is
     answered by the shard whose gap is furthest above its threshold, by the model itself where none is; the choice is made
     once, from the prompt's tokens. ``D``, ``α``, ``β``, ``γ`` count in units of the model's own: the median over tokens of
     unrelated texts of ``‖W·A(x)‖₂`` at that layer; the paper's 5, 20 and 10 were made for models 4,096 wide.
 
     Beyond the paper: a memory acts from the prompt's last own token on, so that what is before it is read once for all steps
     and the margin's tokens and the answer's do not get in each other's way. A shard is one edit, unless told otherwise: none
-    overwrites another, and any can be taken away without touching the rest. In larger shards all earlier edits are rehearsed,
+    overwrites another, and any can be taken away without touching the rest. In larger ones all earlier edits are rehearsed,
     ``replay`` in each step (the paper's B.3). Held away are unrelated prompts, the edit's own with other subjects, and the
     nearest prompts of other shards. The answer's end is learnt. A shard's threshold is seven tenths of the least gap of its
     edits, but not below what all but a ``false_positives`` share of unrelated prompts reach that were not trained on.

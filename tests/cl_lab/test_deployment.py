@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+import cl_lab
 from cl_lab import deployment as module
 from cl_lab.cli import app
 from cl_lab.deployment import Deployment
@@ -26,7 +27,7 @@ from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, EditError
 from cl_lab.facts import Edit
-from cl_lab.patches import Delta, Patch, WeightPatch
+from cl_lab.patches import Delta, Patch, SidePatch, WeightPatch, packed
 
 EDITOR = {"name": "ft-m", "lr": 0.02, "steps": 60, "contexts": 0}
 LOOSE = {"paraphrases": 0.0, "guards": 0.0, "perplexity": 1000.0}
@@ -320,6 +321,35 @@ def test_a_guard_that_is_none_is_told_by_line(folder: Path) -> None:
     (folder / "guards.jsonl").write_text('{"prompt": "Fine"}\n{"promt": "x"}\n')
     with pytest.raises(DataError, match=r"guards\.jsonl', line 2: must be a JSON object with a prompt"):
         Deployment(folder).guards()
+
+
+def test_an_export_says_what_the_deployment_says(folder: Path, tmp_path: Path) -> None:
+    made = Deployment(folder)
+    with made.changing():
+        made.undo("2")
+    assert made.export(tmp_path / "plain")["plain"] is True
+    transformers = pytest.importorskip("transformers")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    expected = weights(made.load())
+    assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
+
+    target = made.load()
+    site = target.down_projection(2)
+    places = torch.ones(site.weight.numel(), dtype=torch.bool)
+    values = 0.3 * torch.randn(site.weight.numel(), generator=torch.Generator().manual_seed(1))
+    patch = SidePatch("wise", path=site.path, places=packed(places), values=values.bfloat16(), gap=1e-6, floor=1e-6)
+    with made.changing():
+        made.apply(target, patch, [FACTS[1]])
+    found = made.export(tmp_path / "side")
+    assert (found["plain"], found["edits"]) == (False, 3)
+    assert "cl_lab.load" in found["load"]
+    prompts = [e.prompt for e in FACTS]
+    for place in (tmp_path / "side", folder):
+        assert cl_lab.load(place).answer(prompts, max_new_tokens=8) == target.answer(prompts, max_new_tokens=8)
+    with pytest.raises(ConfigError, match="is there already and not empty"):
+        made.export(tmp_path / "side")
+    with pytest.raises(ConfigError, match="is neither a deployment nor an export"):
+        cl_lab.load(tmp_path)
 
 
 # -- commands ------------------------------------------------------------------------------------------------------
