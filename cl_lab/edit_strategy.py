@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_lab import knobs
+from cl_lab.adapters import adapted_layers
 from cl_lab.causal_lm import CausalBackbone
 from cl_lab.editable import EditableModel
 from cl_lab.errors import ConfigError, EditError
@@ -180,10 +181,15 @@ class _Patched:
     """A copy of the model with patches on it, which answers rows of the stream."""
 
     def __init__(self, model: Any, stream: Stream) -> None:
+        for path in adapted_layers(
+            model
+        ):  # nobody trains them, so they add nothing; editors look for the layers themselves
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, model.get_submodule(path).base_layer)
         self._decoder, self._head = model.backbone.model, model.head
         self._prompt, self._answer = (size for (size,) in stream.layout.values())
         assert stream.tokenizer is not None
-        self.editable = EditableModel(_Causal(self._decoder, self._head.linear), stream.tokenizer)
+        self.editable = EditableModel(_Causal(self._decoder, self._head.linear), stream.tokenizer, "causal-lm")
         self._read: dict[tuple[int, ...], list[int]] = {}
 
     def forget_prompts(self) -> None:

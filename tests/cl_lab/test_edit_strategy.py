@@ -330,8 +330,9 @@ def comparison(facts: Path, tmp_path: Path) -> RunConfig:
             "experiences": 2,
             "per_experience": 2,
         },
-        "model": {"name": "causal-lm", "weights": str(folder), "adapt": "full"},
-        "training": {"epochs": 30, "batch_size": 2, "lr": 0.003, "optimizer": "adamw"},
+        # Adapters on the very layers that are edited: to an editor they must not be there.
+        "model": {"name": "causal-lm", "weights": str(folder), "lora_targets": ["q_proj", "up_proj", "down_proj"]},
+        "training": {"epochs": 30, "batch_size": 2, "lr": 0.02, "optimizer": "adamw"},
         "engine": {"threads": 1, "device": "cpu"},
         "tracking": {"uri": None},
         "strategies": [*({"name": name, **knobs_of(name)} for name in EDITORS), *TRAINED],
