@@ -335,7 +335,10 @@ def comparison(facts: Path, tmp_path: Path) -> RunConfig:
         "training": {"epochs": 30, "batch_size": 2, "lr": 0.02, "optimizer": "adamw"},
         "engine": {"threads": 1, "device": "cpu"},
         "tracking": {"uri": None},
-        "strategies": [*({"name": name, **knobs_of(name)} for name in EDITORS), *TRAINED],
+        "strategies": [
+            *({"name": n, **knobs_of(n)} | ({"steps": 20} if n == "wise" else {}) for n in EDITORS),
+            *TRAINED,
+        ],
         "seeds": [0],
     }
     return parse(document, "test")
