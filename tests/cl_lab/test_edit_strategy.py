@@ -97,6 +97,15 @@ def reference(strategy: EditorStrategy, model: Any = None) -> EditableModel:
     return made
 
 
+def answers_as(model: EditableModel, stream: Stream, found: Tensor) -> None:
+    """What is ``found`` for the rows of the stream is what ``model`` says, asked about the edits themselves."""
+    edits = [edit for e in stream.experiences for edit in e.edits]
+    pairs = [(model.read_prompt(e.prompt), model.encode_answer(e.answer)) for e in edits]
+    wanted = model.logits(model.rows(pairs)).split([len(a) for _, a in pairs])
+    for row, logits in zip(found, wanted, strict=True):
+        assert torch.allclose(row[: len(logits)], logits, atol=1e-3)
+
+
 # -- what it answers -------------------------------------------------------------------------------------------------
 
 
@@ -106,14 +115,7 @@ def test_rows_are_answered_as_questions_are(name: str, facts: Path) -> None:
     learner = learner_of(stream)
     strategy = learnt(strategy_of(name), learner)
     assert len(strategy._patches) == 4
-    batch = questions(stream)
-    found = said(strategy, learner, batch)
-    other = reference(strategy)
-    edits = [edit for e in stream.experiences for edit in e.edits]
-    pairs = [(other.read_prompt(e.prompt), other.encode_answer(e.answer)) for e in edits]
-    wanted = other.logits(other.rows(pairs)).split([len(a) for _, a in pairs])
-    for row, logits in zip(found, wanted, strict=True):
-        assert torch.allclose(row[: len(logits)], logits, atol=1e-3)
+    answers_as(reference(strategy), stream, said(strategy, learner, questions(stream)))
 
 
 @every
@@ -161,12 +163,7 @@ def test_of_a_family_whose_layers_are_not_known(facts: Path) -> None:
     learner = learner_of(stream, copy.deepcopy(model))
     strategy = learnt(strategy_of("grace"), learner)
     assert strategy.measures()["edits"] == 4
-    other = reference(strategy, model)
-    edits = [edit for e in stream.experiences for edit in e.edits]
-    pairs = [(other.encode_prompt(e.prompt), other.encode_answer(e.answer)) for e in edits]
-    wanted = other.logits(other.rows(pairs)).split([len(a) for _, a in pairs])
-    for row, logits in zip(said(strategy, learner, questions(stream)), wanted, strict=True):
-        assert torch.allclose(row[: len(logits)], logits, atol=1e-3)
+    answers_as(reference(strategy, model), stream, said(strategy, learner, questions(stream)))
 
 
 @pytest.mark.parametrize("name", ["ft-m", "grace"])
