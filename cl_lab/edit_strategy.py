@@ -225,7 +225,8 @@ class _Patched:
             text, chat = model.tokenizer.decode(own), model.tokenizer.can_chat
             if not chat or model.encode_prompt(text, chat=True) != tokens:
                 text, chat = model.tokenizer.decode(tokens), False
-            read = model.read_prompt(text, chat=chat)
+            # Before a text that is only read there stands nothing that could be asked about.
+            read = model.read_prompt(text, chat=chat) if text.strip() else []
             # Nothing was put there: as it was, also where tokens are not what their text would give.
-            self._read[key] = tokens if read == model.encode_prompt(text, chat=chat) else read
+            self._read[key] = tokens if read in ([], model.encode_prompt(text, chat=chat)) else read
         return self._read[key]

@@ -153,6 +153,23 @@ def test_several_answers_behind_a_prompt(name: str, facts: Path) -> None:
         assert torch.allclose(said(strategy, learner, alone), found[:, i], atol=1e-3)
 
 
+@every
+def test_texts_to_be_read_have_no_prompt(name: str, facts: Path) -> None:
+    """As drift has them: before the whole text stands the end of another."""
+    stream = stream_of(facts)
+    learner = learner_of(stream)
+    strategy = learnt(strategy_of(name), learner)
+    batch, prompt = questions(stream), stream.layout["prompt"][0]
+    batch.x[:, : prompt - 1], batch.x[:, prompt - 1] = PAD, BYTES.end
+    found = said(strategy, learner, batch)
+    assert bool(found.isfinite().all())
+    if strategy._patches[0].kind != "weights":
+        with torch.no_grad():
+            plain = learner.model(batch.x, batch.t)
+        routes = [hook.route.tolist() for hook in strategy._model(learner).editable.side.values()]
+        assert torch.allclose(found, plain, atol=1e-4) == all(set(r) == {-1} for r in routes)
+
+
 def test_of_a_family_whose_layers_are_not_known(facts: Path) -> None:
     """Answers are then read one after another; the routes of each are the prompt's."""
     from transformers import GPT2Config, GPT2LMHeadModel
