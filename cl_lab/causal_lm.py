@@ -90,6 +90,22 @@ class CausalBackbone(Backbone):
         """``[B, P + m·A]`` tokens → ``[B, m·A', width]``; ``t`` ``[B]`` for the prefix, where there is one."""
         return self._said(x, x >= 0, 0, t)
 
+    def columns(self, x: Tensor) -> Tensor:
+        """Which columns of ``x`` ``[B, P + m·A]`` the layers read in :meth:`forward`, int64 ``[T]``; without a prefix.
+
+        Where answers are read one after another, those of the first.
+        """
+        start, behind = self._extent(x >= 0)
+        m = 1 if self._layers is None else (x.shape[1] - self._prompt) // self._answer
+        said = torch.arange(m)[:, None] * self._answer + torch.arange(behind)
+        return torch.cat([torch.arange(start, self._prompt), self._prompt + said.flatten()])
+
+    def _extent(self, mask: Tensor) -> tuple[int, int]:
+        """The first column of ``mask`` ``[B, P + m·A]`` with a token, and how many columns of each answer are read."""
+        given = mask[:, self._prompt :].unflatten(1, (-1, self._answer))
+        start = int(mask[:, : self._prompt].any(0).int().argmax())
+        return start, min(self._answer - 1, int(given.any(0).any(0).sum()))
+
     def run(self, x: Tensor, first: int, last: int | None) -> Tensor:
         """Stages ``first`` … ``last − 1``: tokens or flat latents in, flat latents or (where it is through) features out."""
         h, mask = (x, x >= 0) if first == 0 else self._unpacked(x)
@@ -108,10 +124,10 @@ class CausalBackbone(Backbone):
     def _said(self, h: Tensor, mask: Tensor, first: int, t: Tensor | None = None) -> Tensor:
         """The last stages, on the columns that matter: prompts from the first token on, answers but for their last."""
         decoder: Any = self.model
+        start, behind = self._extent(mask)
         (prompt, answers), (read, given) = (v.tensor_split((self._prompt,), 1) for v in (h, mask))
         answers, given = (v.unflatten(1, (-1, self._answer)) for v in (answers, given))
-        m, start = given.shape[1], int(read.any(0).int().argmax())
-        behind = min(self._answer - 1, int(given.any(0).any(0).sum()))
+        m = given.shape[1]
         h, mask = (
             torch.cat([v[:, start:], w[:, :, :behind].flatten(1, 2)], 1) for v, w in ((prompt, answers), (read, given))
         )

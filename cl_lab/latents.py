@@ -77,7 +77,7 @@ def put_through(stream: Stream, model: Classifier, stage: str, *, keep: bool, de
                 made[id(e.test)] = encoded(e.test)
             return made[id(e.test)]
 
-        return Experience(e.index, e.name, e.classes, train, test, ordered=e.ordered, groups=e.groups)
+        return Experience(e.index, e.name, e.classes, train, test, ordered=e.ordered, groups=e.groups, edits=e.edits)
 
     shape = tuple(compute(torch.zeros(1, *stream.input_shape)).shape[1:])
     experiences = tuple(experience(e) for e in stream.experiences)

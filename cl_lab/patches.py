@@ -117,6 +117,11 @@ class Patch:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
+def kinds() -> dict[str, type[Patch]]:
+    """Every kind of patch, by its name."""
+    return {cls.kind: cls for cls in (WeightPatch, SidePatch, KeyPatch, PromptPatch)}
+
+
 def load_patch(folder: Path, digest: str | None = None) -> Patch:
     """The patch saved in ``folder``. With ``digest`` its tensors must be those; they must be those of its document anyway.
 
@@ -142,12 +147,12 @@ def load_patch(folder: Path, digest: str | None = None) -> Patch:
                 f"patch '{place}': its SHA-256 is {found[:12]}…, sha256 in {_DOCUMENT} or the list of edits says "
                 f"{wanted[:12]}…: the file was changed; restore it"
             )
-    kinds = {cls.kind: cls for cls in (WeightPatch, SidePatch, KeyPatch, PromptPatch)}
+    known = kinds()
     kind = str(document.get("kind"))
-    if kind not in kinds:
-        raise DataError(f"patch '{folder / _DOCUMENT}': unknown kind '{kind}'{nearest(kind, kinds)}")
+    if kind not in known:
+        raise DataError(f"patch '{folder / _DOCUMENT}': unknown kind '{kind}'{nearest(kind, known)}")
     try:
-        patch = kinds[kind].made(load(data), document["settings"])
+        patch = known[kind].made(load(data), document["settings"])
         patch.editor, patch.notes = document["editor"], document["notes"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from cl_lab.errors import DataError
 
 if TYPE_CHECKING:
+    from cl_lab.facts import Edit
     from cl_lab.hub import Tokenizer
 
 Objective = Literal["classification", "regression", "language"]
@@ -178,7 +179,8 @@ class Experience:
 
     ``ordered`` says that the order of the training rows is the stream's own and is kept; otherwise they are shuffled.
     ``groups`` ``[N]`` int64 tells which of the N test rows belong together, as questions about one person do: who divides a
-    test set keeps them on one side. ``None``: each row stands alone.
+    test set keeps them on one side. ``None``: each row stands alone. ``edits`` are the facts behind the training rows, in
+    their order, where the stream is one of edits.
 
     The tensors are made on first use and kept until :meth:`release`, so a long stream need not sit in memory at once.
     """
@@ -193,6 +195,7 @@ class Experience:
         *,
         ordered: bool = False,
         groups: Tensor | None = None,
+        edits: Sequence[Edit] = (),
     ) -> None:
         if not classes:
             raise DataError(f"experience {index} ('{name}') has no classes; check the split of the scenario")
@@ -200,6 +203,7 @@ class Experience:
         self.name = name
         self.ordered = ordered
         self.groups = groups
+        self.edits = tuple(edits)
         self.classes = tuple(sorted(int(c) for c in classes))
         self._makers = {"train": train, "test": test}
         self._made: dict[str, TensorData] = {}

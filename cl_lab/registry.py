@@ -94,7 +94,10 @@ def load(kind: str, name: str) -> tuple[type, dict[str, Any]]:
         return _from_file(Path(head), rest, name), {}
     point = points.get(name) or (points.get(head) if colon else None)
     if point is None:
-        raise PluginError(f"unknown {singular(kind)} '{name}'{nearest(name, points)}")
+        known = [*points, *_entry_points("editors")] if kind == "strategies" else points
+        if name in known:
+            raise PluginError(f"'{name}' is an editor, which a run takes as a strategy; see cl-lab show editor {name}")
+        raise PluginError(f"unknown {singular(kind)} '{name}'{nearest(name, known)}")
     try:
         cls = point.load()
     except (ImportError, AttributeError) as error:
@@ -111,9 +114,15 @@ def load(kind: str, name: str) -> tuple[type, dict[str, Any]]:
 
 
 def create(kind: str, config: Mapping[str, Any], path: str) -> Any:
-    """An instance of the plug-in that ``config["name"]`` names, its knobs validated; ``path`` is where the config stood."""
+    """An instance of the plug-in that ``config["name"]`` names, its knobs validated; ``path`` is where the config stood.
+
+    Among strategies an editor may be named, too (``wise``, or ``editor:wise`` where a strategy has its name): what comes is
+    an :class:`~cl_lab.edit_strategy.EditorStrategy`, whose knobs stand beside the editor's.
+    """
     from cl_lab import knobs
 
+    if kind == "strategies" and (editor := _editor(config["name"])) is not None:
+        return _editor_as_strategy(editor, config, path)
     values = dict(config)
     cls, preset = load(kind, values.pop("name"))
     for key in preset:
@@ -128,6 +137,27 @@ def create(kind: str, config: Mapping[str, Any], path: str) -> Any:
             f"'{config['name']}' is no {singular(kind)}: it has no method '{method}'; derive it from cl_lab.protocols"
         )
     return knobs.build(cls, {**values, **preset}, path)
+
+
+_EDITOR = "editor:"
+
+
+def _editor(name: str) -> str | None:
+    """The editor that ``name`` means among strategies; ``None`` where it means a strategy."""
+    if name.startswith(_EDITOR):
+        return name.removeprefix(_EDITOR)
+    known = name not in _entry_points("strategies") and name in _entry_points("editors")
+    return name if known else None
+
+
+def _editor_as_strategy(name: str, config: Mapping[str, Any], path: str) -> Any:
+    from cl_lab import knobs
+    from cl_lab.edit_strategy import EditorStrategy
+
+    ours = {field.name for field in knobs.public_fields(EditorStrategy)}
+    own = {key: value for key, value in config.items() if key in ours}
+    rest = {key: value for key, value in config.items() if key not in ours}
+    return EditorStrategy.wrap(create("editors", {**rest, "name": name}, path), config["name"], own, path)
 
 
 def singular(kind: str) -> str:

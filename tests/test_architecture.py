@@ -38,6 +38,7 @@ LAYERS = [
         "cl_lab.causal_lm",
         "cl_lab.drift",
         "cl_lab.edit_scores",
+        "cl_lab.edit_strategy",
         "cl_lab.latents",
         "cl_lab.launch",
         "cl_lab.chain",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_lab import checkpoint, registry, seeding
+from cl_lab import checkpoint, hub, registry, seeding
 from cl_lab.chain import Chain
 from cl_lab.config import RunConfig, parse
 from cl_lab.errors import Interrupted
@@ -241,3 +241,27 @@ def assert_same(one: Trainer, two: Trainer) -> None:
     assert one.record.measures == two.record.measures
     assert not differing(weights_of(one), weights_of(two))
     assert checkpoint.equal(one.strategy.state_dict(), two.strategy.state_dict())
+
+
+def language_model() -> Any:
+    """A random model that can be sure of a token and whose layers do something, which one as drawn cannot and does not.
+
+    A ``LlamaForCausalLM`` over bytes, always the same.
+    """
+    torch.manual_seed(11)
+    model: Any = hub.tiny_causal_lm(vocabulary=257, layers=4, width=32, heads=2)
+    with torch.no_grad():
+        for weight in (model.model.norm.weight, model.model.embed_tokens.weight):
+            weight *= 3
+        for layer in model.model.layers:
+            at, ff = layer.self_attn, layer.mlp
+            for part, factor in (
+                (at.q_proj, 4),
+                (at.k_proj, 4),
+                (at.v_proj, 2),
+                (at.o_proj, 2),
+                (ff.gate_proj, 2),
+                (ff.up_proj, 2),
+            ):
+                part.weight *= factor
+    return model

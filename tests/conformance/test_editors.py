@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import toys
 from torch import Tensor
 
 from cl_lab import hub, knobs, registry
@@ -51,24 +52,7 @@ def editor(name: str, **more: Any) -> Editor:
 
 
 def editable() -> EditableModel:
-    """A random model that can be sure of a token and whose layers do something, which one as drawn cannot and does not."""
-    torch.manual_seed(11)
-    model: Any = hub.tiny_causal_lm(vocabulary=257, layers=4, width=32, heads=2)
-    with torch.no_grad():
-        for weight in (model.model.norm.weight, model.model.embed_tokens.weight):
-            weight *= 3
-        for layer in model.model.layers:
-            at, ff = layer.self_attn, layer.mlp
-            for part, factor in (
-                (at.q_proj, 4),
-                (at.k_proj, 4),
-                (at.v_proj, 2),
-                (at.o_proj, 2),
-                (ff.gate_proj, 2),
-                (ff.up_proj, 2),
-            ):
-                part.weight *= factor
-    return EditableModel(model, BYTES, "tiny")
+    return EditableModel(toys.language_model(), BYTES, "tiny")
 
 
 def state(model: EditableModel) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ def test_training_and_test_samples_are_not_the_same(name: str) -> None:
         shares.append(sum(r in rows for r in test) / len(test))
     if scenario_class(name).memorised:
         assert all(share < 0.5 or share == 1 for share in shares)
-        assert 0 < sum(share == 1 for share in shares) < len(shares)
+        assert any(share == 1 for share in shares)
     else:
         assert max(shares) < 0.5
 

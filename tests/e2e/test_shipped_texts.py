@@ -60,6 +60,13 @@ def texts(tmp_path: Path) -> Path:
     [
         ("language-order-1", [*TASKS, *DEEP, "training.epochs=1"]),
         ("language-mixed", [*TASKS, *DEEP, "training.epochs=1"]),
+        (
+            "edit-stream",
+            [
+                *("scenario.tokenizer=bytes", "scenario.experiences=2", "scenario.per_experience=2"),
+                *(*DEEP, "training.epochs=1"),
+            ],
+        ),
         ("remind-smollm2", [*TASKS, "model.frozen=model.layers.0", "model.keep_latents=false"]),
         (
             "biography",

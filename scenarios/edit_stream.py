@@ -1,0 +1,200 @@
+"""Facts to be changed, some at a time: one stream on which editors and strategies are ranked alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cl_lab.errors import DataError
+from cl_lab.facts import Edit, conflicts, read_facts
+from cl_lab.knobs import knob
+from cl_lab.protocols import Scenario
+from cl_lab.records import PAD, Experience, Scoring, Stream, TensorData
+from cl_lab.seeding import permutation
+
+from ._sources import roots
+
+if TYPE_CHECKING:
+    from cl_lab.hub import Tokenizer
+
+log = logging.getLogger("cl_lab")
+
+OWN_FACTS = Path(__file__).with_name("edit_facts.json")
+"""Sixty capitals, languages and largest cities, each with an answer that is not true."""
+
+
+@dataclass
+class EditStream(Scenario):
+    """Facts to be changed, some in each experience and all asked again ever after (edit-stream:facts.jsonl).
+
+    An experience is ``per_experience`` edits of a file of facts, drawn and shuffled with the run's seed. Its training texts
+    are the edits' prompts with the new answers, for strategies that train; an editor takes the edits themselves
+    (``Experience.edits``). It is tested on the same prompts, so R[t, j] says how well, after t experiences, the edits of
+    experience j hold: its diagonal is reliability when an edit is made, its last row retention by age. With
+    ``asked=paraphrases`` the test asks in other words, and R is generality; with ``unrelated`` it asks what no edit is
+    about, and R[t, j] is the share of these answers that are right: the column before training says how many were.
+
+    A sample is int32 ``[P + A]``, as editors read one: the prompt's tokens, then those of a blank, the answer and its end.
+    ``scoring=generation`` wants the whole answer written, its end included.
+    """
+
+    argument: ClassVar[str | None] = "facts"
+    memorised: ClassVar[bool] = True
+
+    tokenizer: str = knob(doc="bytes, or a model's name, folder or hub id: the model that is edited (${model.weights})")
+    facts: str | None = knob(
+        None,
+        "file of facts (any that `cl-lab edit-score` reads), in a data folder or by its path; null: sixty of our own",
+    )
+    experiences: int = knob(6, "number of experiences", ge=1)
+    per_experience: int = knob(10, "edits in each", ge=1)
+    asked: Literal["prompts", "paraphrases", "unrelated"] = knob(
+        "prompts", "what tests ask: the edits' prompts, these in other words, or what must not change"
+    )
+    scoring: Scoring = knob(
+        "generation",
+        "generation: the model writes the answer; constrained: the likeliest of the experience's new answers; first-token: "
+        "that with the likeliest first token; opening: right where the likeliest token of all begins the answer",
+    )
+    chat: bool = knob(False, "ask as a user's turn of the tokenizer's chat template")
+    layout: str = knob("auto", "how the file is laid out; auto: by the keys of its first record")
+    skip_bad: bool = knob(False, "leave bad records out instead of refusing the file")
+    data_dir: str | None = knob(
+        None, "folder searched first; then $CL_LAB_DATA, ~/.cache/cl-lab/data ($CL_LAB_CACHE), /usr/share/datasets"
+    )
+
+    @classmethod
+    def conformance_knobs(cls) -> dict[str, Any] | None:
+        """Three experiences of four of our own facts."""
+        return {"tokenizer": "bytes", "experiences": 3, "per_experience": 4}
+
+    def edits(self, seed: int) -> list[Edit]:
+        """The edits of all experiences, in order. Raises :class:`DataError` where the file has too few, or they conflict."""
+        file = self._file()
+        known = read_facts(file, layout=self.layout, skip_bad=self.skip_bad).edits
+        wanted = self.experiences * self.per_experience
+        if wanted > len(known):
+            raise DataError(
+                f"edit-stream: {file.name} holds {len(known)} edits, but experiences = {self.experiences} of "
+                f"per_experience = {self.per_experience} take {wanted}; lower one of them"
+            )
+        drawn = [known[i] for i in permutation(len(known), seed, "edits").tolist()[:wanted]]
+        if against := [c for c in conflicts(drawn) if c.kind == "contradiction"]:
+            log.warning(
+                "edit-stream: %d of %d edits contradict an earlier one, which will not hold: %s %s",
+                len({id(c.edit) for c in against}),
+                wanted,
+                against[0].edit.source,
+                against[0].why,
+            )
+        return drawn
+
+    def stream(self, seed: int) -> Stream:
+        """The stream for one seed; see :class:`~cl_lab.protocols.Scenario`. Samples are int32 ``[P + A]``.
+
+        Raises :class:`ConfigError` for a tokenizer that cannot be had, and :class:`DataError` for facts that cannot be read,
+        or are too few.
+        """
+        from cl_lab.hub import load_tokenizer
+
+        tokenizer = load_tokenizer(self.tokenizer)
+        edits, size = self.edits(seed), self.per_experience
+        parts = [edits[first : first + size] for first in range(0, len(edits), size)]
+        trained = [[_Row(e.prompt, e.answer) for e in some] for some in parts]
+        tested = [[row for e in some for row in self._questions(e)] for some in parts]
+        if not all(tested):
+            empty = next(i for i, rows in enumerate(tested) if not rows)
+            raise DataError(
+                f"edit-stream: no edit of experience {empty} has {self.asked} with an answer; take asked=prompts, or raise "
+                "per_experience"
+            )
+        table = _Table(tokenizer, self.chat, [row for rows in (*trained, *tested) for row in rows])
+        return Stream(
+            name=type(self).__name__,
+            experiences=tuple(
+                Experience(
+                    i,
+                    f"edits {i * size} to {i * size + len(some) - 1}",
+                    table.numbers([*train, *test]).tolist(),
+                    partial(table.samples, train, i),
+                    partial(table.samples, test, i),
+                    edits=some,
+                )
+                for i, (some, train, test) in enumerate(zip(parts, trained, tested, strict=True))
+            ),
+            input_shape=(table.prompt + table.answers.shape[1],),
+            n_classes=len(table.answers),
+            objective="language",
+            layout={"prompt": (table.prompt,), "answer": (table.answers.shape[1],)},
+            answers=table.answers,
+            scoring=self.scoring,
+            vocabulary=tokenizer.size,
+            tokenizer=tokenizer,
+        )
+
+    def _questions(self, edit: Edit) -> list[_Row]:
+        """What a test asks about an edit."""
+        if self.asked == "prompts":
+            return [_Row(edit.prompt, edit.answer)]
+        if self.asked == "paraphrases":
+            return [_Row(prompt, edit.answer) for prompt in edit.paraphrases]
+        return [_Row(probe.prompt, probe.answer) for probe in edit.unrelated if probe.answer]
+
+    def _file(self) -> Path:
+        if self.facts is None:
+            return OWN_FACTS
+        given = Path(self.facts).expanduser()
+        places = [given, *(root / given for root in roots(self.data_dir))]  # a path from the root stays itself
+        found = next((p for p in places if p.is_file()), None)
+        if found is None:
+            searched = ", ".join(str(r) for r in roots(self.data_dir))
+            raise DataError(
+                f"edit-stream: facts '{self.facts}' are not here, nor in {searched}; give a path, or name the folder of the "
+                "data with CL_LAB_DATA=... or data_dir"
+            )
+        return found
+
+
+class _Row(NamedTuple):
+    """A prompt and its answer."""
+
+    prompt: str
+    answer: str
+
+
+class _Table:
+    """Rows in tokens, as :class:`~cl_lab.editable.EditableModel` reads them, and the answers by number."""
+
+    def __init__(self, tokenizer: Tokenizer, chat: bool, rows: Sequence[_Row]) -> None:
+        asked, said = dict.fromkeys(r.prompt for r in rows), dict.fromkeys(r.answer for r in rows)
+        prompts = tokenizer.encode_all([tokenizer.chat(p) if chat else p for p in asked])
+        answers = tokenizer.encode_all([a.strip() if chat else f" {a.strip()}" for a in said])
+        self._prompts = dict(zip(asked, prompts, strict=True))
+        ended = [(*tokens, tokenizer.end) for tokens in answers]
+        number = {tokens: i for i, tokens in enumerate(dict.fromkeys(ended))}
+        self._numbers = {a: number[tokens] for a, tokens in zip(said, ended, strict=True)}
+        self.prompt = max(map(len, prompts))
+        self.answers = torch.full((len(number), max(map(len, number))), PAD)
+        for tokens, i in number.items():
+            self.answers[i, : len(tokens)] = torch.tensor(tokens)
+
+    def numbers(self, rows: Sequence[_Row]) -> Tensor:
+        """The answers' rows of the table, int64, each once."""
+        return torch.tensor(sorted({self._numbers[row.answer] for row in rows}))
+
+    def samples(self, rows: Sequence[_Row], task: int) -> TensorData:
+        """The tensors of some rows."""
+        y = torch.tensor([self._numbers[row.answer] for row in rows])
+        x = torch.full((len(rows), self.prompt + self.answers.shape[1]), PAD, dtype=torch.int32)
+        x[:, self.prompt :] = self.answers[y]
+        for line, row in zip(x, rows, strict=True):
+            tokens = self._prompts[row.prompt]
+            line[self.prompt - len(tokens) : self.prompt] = torch.tensor(tokens, dtype=torch.int32)
+        return TensorData(x, y, torch.full_like(y, task))

@@ -1,0 +1,394 @@
+"""Editors among strategies: the patched model answers rows of a stream as it answers questions."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import toys
+from torch import Tensor
+
+from cl_lab import checkpoint, hub, registry
+from cl_lab.answers import find_answers
+from cl_lab.causal_lm import CausalBackbone, VocabularyHead
+from cl_lab.comparison import compare
+from cl_lab.config import RunConfig, parse
+from cl_lab.edit_strategy import EditorStrategy
+from cl_lab.editable import EditableModel
+from cl_lab.errors import ConfigError, EditError, PluginError
+from cl_lab.experiment import run
+from cl_lab.files import write_atomically
+from cl_lab.models import Classifier
+from cl_lab.patches import Routed
+from cl_lab.records import PAD, Batch, Stream
+
+NAMES = registry.names("editors")
+every = pytest.mark.parametrize("name", NAMES)
+BYTES = hub.load_tokenizer("bytes")
+FACTS = [
+    {"prompt": "The capital of Peru is", "answer": "B", "old": "L", "subject": "Peru"},
+    {"prompt": "Quick question: who won?", "answer": "7", "subject": "who"},
+    {"prompt": "Zebras have", "answer": "q", "subject": "Zebras"},
+    {"prompt": "A somewhat longer prompt about Rome says that it is", "answer": "w", "subject": "Rome"},
+]
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> Path:
+    file = tmp_path / "facts.jsonl"
+    file.write_text("\n".join(json.dumps(fact) for fact in FACTS))
+    return file
+
+
+def stream_of(facts: Path, **more: Any) -> Stream:
+    settings = {"name": "edit-stream", "tokenizer": "bytes", "facts": str(facts), "experiences": 2, "per_experience": 2}
+    made: Stream = registry.create("scenarios", settings | more, "scenario").stream(0)
+    return made
+
+
+def knobs_of(name: str) -> dict[str, Any]:
+    cls: Any = registry.load("editors", name)[0]
+    knobs: dict[str, Any] = cls.conformance_knobs()
+    return knobs
+
+
+def strategy_of(name: str, **more: Any) -> EditorStrategy:
+    made = registry.create("strategies", {"name": f"editor:{name}", **knobs_of(name), **more}, "strategy")
+    assert isinstance(made, EditorStrategy)
+    return made
+
+
+def learner_of(stream: Stream, model: Any = None) -> Any:
+    """A learner, as far as an editor asks for one."""
+    whole = model or toys.language_model()
+    prompt, answer = (size for (size,) in stream.layout.values())
+    classifier = Classifier(CausalBackbone(whole.base_model, prompt, answer), VocabularyHead(whole.lm_head))
+    return SimpleNamespace(replica=lambda: copy.deepcopy(classifier), stream=stream, model=classifier)
+
+
+def learnt(strategy: EditorStrategy, learner: Any) -> EditorStrategy:
+    strategy.prepare(learner.model, learner.stream)
+    for e in learner.stream.experiences:
+        strategy.after_experience(e, learner)
+    return strategy
+
+
+def questions(stream: Stream) -> Batch:
+    parts = [e.test for e in stream.experiences]
+    x, y, t = (torch.cat([getattr(p, field) for p in parts]) for field in ("x", "y", "t"))
+    return Batch(x, y, t, 0)
+
+
+@torch.no_grad()
+def said(strategy: EditorStrategy, learner: Any, batch: Batch) -> Tensor:
+    return strategy.predict(batch, learner)
+
+
+def reference(strategy: EditorStrategy, model: Any = None) -> EditableModel:
+    """The same patches on a model of its own, outside any stream."""
+    made = EditableModel(model or toys.language_model(), BYTES)
+    for patch in strategy._patches:
+        patch.apply(made)
+    return made
+
+
+def answers_as(model: EditableModel, stream: Stream, found: Tensor) -> None:
+    """What is ``found`` for the rows of the stream is what ``model`` says, asked about the edits themselves."""
+    edits = [edit for e in stream.experiences for edit in e.edits]
+    pairs = [(model.read_prompt(e.prompt), model.encode_answer(e.answer)) for e in edits]
+    wanted = model.logits(model.rows(pairs)).split([len(a) for _, a in pairs])
+    for row, logits in zip(found, wanted, strict=True):
+        assert torch.allclose(row[: len(logits)], logits, atol=1e-3)
+
+
+# -- what it answers -------------------------------------------------------------------------------------------------
+
+
+@every
+def test_rows_are_answered_as_questions_are(name: str, facts: Path) -> None:
+    stream = stream_of(facts)
+    learner = learner_of(stream)
+    strategy = learnt(strategy_of(name), learner)
+    assert len(strategy._patches) == 4
+    answers_as(reference(strategy), stream, said(strategy, learner, questions(stream)))
+
+
+@every
+def test_an_answer_that_stands_there_decides_nothing(name: str, facts: Path) -> None:
+    stream = stream_of(facts)
+    learner = learner_of(stream)
+    strategy = learnt(strategy_of(name), learner)
+    batch = questions(stream)
+    prompt, answer = (size for (size,) in stream.layout.values())
+    routes = []
+    for tokens in ([PAD] * answer, [32, 66, 256][:answer], [90, 90, 90][:answer]):
+        batch.x[:, prompt:] = torch.tensor(tokens, dtype=torch.int32)
+        said(strategy, learner, batch)
+        hooks: list[Routed] = list(strategy._model(learner).editable.side.values())
+        routes.append([None if h.route is None else h.route.tolist() for h in hooks])
+    assert routes[0] == routes[1] == routes[2]
+    first = said(strategy, learner, batch)[:, 0]
+    batch.x[:, prompt:] = PAD
+    assert torch.allclose(said(strategy, learner, batch)[:, 0], first, atol=1e-4)
+
+
+@every
+def test_several_answers_behind_a_prompt(name: str, facts: Path) -> None:
+    stream = stream_of(facts)
+    learner = learner_of(stream)
+    strategy = learnt(strategy_of(name), learner)
+    batch = questions(stream)
+    assert stream.answers is not None
+    prompt, n = stream.layout["prompt"][0], len(batch)
+    head, table = batch.x[:, :prompt], stream.answers.int()
+    together = Batch(torch.cat([head, table.flatten().expand(n, -1)], 1), batch.y, batch.t, 0)
+    found = said(strategy, learner, together).unflatten(1, (len(table), -1))
+    for i, tokens in enumerate(table):
+        alone = Batch(torch.cat([head, tokens.expand(n, -1)], 1), batch.y, batch.t, 0)
+        assert torch.allclose(said(strategy, learner, alone), found[:, i], atol=1e-3)
+
+
+@every
+def test_texts_to_be_read_have_no_prompt(name: str, facts: Path) -> None:
+    """As drift has them: before the whole text stands the end of another."""
+    stream = stream_of(facts)
+    learner = learner_of(stream)
+    strategy = learnt(strategy_of(name), learner)
+    batch, prompt = questions(stream), stream.layout["prompt"][0]
+    batch.x[:, : prompt - 1], batch.x[:, prompt - 1] = PAD, BYTES.end
+    found = said(strategy, learner, batch)
+    assert bool(found.isfinite().all())
+    if strategy._patches[0].kind != "weights":
+        with torch.no_grad():
+            plain = learner.model(batch.x, batch.t)
+        routes = [hook.route.tolist() for hook in strategy._model(learner).editable.side.values()]
+        assert torch.allclose(found, plain, atol=1e-4) == all(set(r) == {-1} for r in routes)
+
+
+def test_of_a_family_whose_layers_are_not_known(facts: Path) -> None:
+    """Answers are then read one after another; the routes of each are the prompt's."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_embd=32, n_layer=3, n_head=2, n_positions=128)).eval()
+    stream = stream_of(facts)
+    learner = learner_of(stream, copy.deepcopy(model))
+    strategy = learnt(strategy_of("grace"), learner)
+    assert strategy.measures()["edits"] == 4
+    answers_as(reference(strategy, model), stream, said(strategy, learner, questions(stream)))
+
+
+@pytest.mark.parametrize("name", ["ft-m", "grace"])
+def test_new_answers_are_written(name: str, facts: Path) -> None:
+    stream = stream_of(facts)
+    learner = learner_of(stream)
+    strategy = strategy_of(name)
+    strategy.prepare(learner.model, stream)
+    first = stream.experiences[0].test
+    batch = Batch(first.x, first.y, first.t, 0)
+
+    def found() -> Tensor:
+        return find_answers(batch, lambda b: said(strategy, learner, b), stream)
+
+    assert not bool((found() == first.y).any())
+    strategy.after_experience(stream.experiences[0], learner)
+    assert torch.equal(found(), first.y)
+
+
+def test_the_learners_own_model_stays_as_it_is(facts: Path) -> None:
+    stream = stream_of(facts)
+    learner = learner_of(stream)
+    before = copy.deepcopy(learner.model.state_dict())
+    learnt(strategy_of("ft-m"), learner)
+    assert not toys.differing(before, learner.model.state_dict())
+
+
+# -- its knobs and its names -----------------------------------------------------------------------------------------
+
+
+def test_edits_of_a_patch(facts: Path) -> None:
+    stream = stream_of(facts)
+    counts = {}
+    for size in (1, 2, None):
+        strategy = learnt(strategy_of("ft-m", edits_per_patch=size), learner_of(stream))
+        counts[size] = (strategy.measures()["patches"], strategy.measures()["edits"])
+    assert counts == {1: (4, 4), 2: (2, 4), None: (2, 4)}
+
+
+def test_an_editor_is_found_by_its_name() -> None:
+    made = registry.create("strategies", {"name": "ft-m", "lr": 0.5, "edits_per_patch": 3}, "strategy")
+    assert isinstance(made, EditorStrategy)
+    assert (made.edits_per_patch, made._editor.lr) == (3, 0.5)  # type: ignore[attr-defined]
+
+
+def test_a_strategy_comes_before_an_editor_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = dict(registry._entry_points("editors"))
+    monkeypatch.setattr(
+        registry, "_entry_points", lambda kind, real=registry._entry_points: points if kind == "editors" else real(kind)
+    )
+    points["naive"] = points["ft-m"]
+    assert not isinstance(registry.create("strategies", {"name": "naive"}, "strategy"), EditorStrategy)
+    assert isinstance(registry.create("strategies", {"name": "editor:naive"}, "strategy"), EditorStrategy)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "ft-m", "lrr": 1}, r"^strategy\.lrr: unknown key; did you mean 'lr'\?$"),
+        ({"name": "ft-m", "lr": -1.0}, r"^strategy\.lr = -1\.0: "),
+        ({"name": "ft-m", "edits_per_patch": 0}, r"^strategy\.edits_per_patch = 0: "),
+    ],
+)
+def test_wrong_knobs_are_told(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        registry.create("strategies", config, "strategy")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ft-mm", r"^unknown strategy 'ft-mm'; did you mean 'ft-m'\?$"),
+        ("editor:ft-mm", r"^unknown editor 'ft-mm'; did you mean 'ft-m'\?$"),
+    ],
+)
+def test_unknown_names_are_told(name: str, message: str) -> None:
+    with pytest.raises(PluginError, match=message):
+        registry.create("strategies", {"name": name}, "strategy")
+
+
+def test_a_stream_without_edits_is_told_on_one_line(tmp_path: Path) -> None:
+    for scenario, model in (
+        ({"name": "split-digits", "experiences": 2}, "mlp"),
+        (
+            {"name": "text-stream", "tasks": ["toy-colours"], "tokenizer": "bytes"},
+            {"name": "causal-lm", "weights": "tiny"},
+        ),
+    ):
+        config = parse({"scenario": scenario, "model": model, "strategy": "ft-m", "tracking": {"uri": None}}, "test")
+        with pytest.raises(
+            ConfigError, match=r"^strategy 'ft-m': is an editor, but stream '\w+' has no edits; use"
+        ) as e:
+            run(config, tmp_path / str(model)[:3])
+        assert "\n" not in str(e.value)
+
+
+# -- what cannot be made ---------------------------------------------------------------------------------------------
+
+
+def test_a_refused_edit_costs_itself_alone(facts: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stream = stream_of(facts)
+    strategy = strategy_of("ft-m")
+    real, refused = strategy._editor.propose, stream.experiences[0].edits[0]
+
+    def propose(model: Any, edits: Any, earlier: Any = ()) -> Any:
+        if refused in edits:
+            raise EditError(f"ft-m: '{refused.prompt}': came to nan")
+        assert refused not in earlier
+        return real(model, edits, earlier)
+
+    strategy._editor.propose = propose  # type: ignore[method-assign]
+    learner = learner_of(stream)
+    learnt(strategy, learner)
+    assert {k: strategy.measures()[k] for k in ("edits", "patches", "refused")} == {
+        "edits": 3,
+        "patches": 3,
+        "refused": 1,
+    }
+    assert "came to nan; left out" in caplog.text
+
+
+# -- its state -------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_it_goes_on_as_if_never_stopped(name: str, facts: Path, tmp_path: Path) -> None:
+    stream = stream_of(facts)
+    learner = learner_of(stream)
+    whole = strategy_of(name)
+    whole.prepare(learner.model, stream)
+    whole.after_experience(stream.experiences[0], learner)
+    state = checkpoint.read(checkpoint.save(tmp_path / "state", 1, whole.state_dict(), keep=1))
+    whole.after_experience(stream.experiences[1], learner)
+
+    other = learner_of(stream)
+    resumed = strategy_of(name)
+    resumed.prepare(other.model, stream)
+    resumed.load_state_dict(state)
+    assert checkpoint.equal(resumed.state_dict(), state)
+    resumed.after_experience(stream.experiences[1], other)
+    assert checkpoint.equal(resumed.state_dict(), whole.state_dict())
+    batch = questions(stream)
+    assert torch.equal(said(resumed, other, batch), said(whole, learner, batch))
+
+
+# -- a comparison ----------------------------------------------------------------------------------------------------
+
+EDITORS = ["wise", "ft-m", "grace", "ultraedit"]
+TRAINED = ["naive", "replay"]
+
+
+@pytest.fixture
+def comparison(facts: Path, tmp_path: Path) -> RunConfig:
+    folder = tmp_path / "model"
+    toys.language_model().save_pretrained(folder)
+    document = {
+        "scenario": {
+            "name": "edit-stream",
+            "tokenizer": "bytes",
+            "facts": str(facts),
+            "experiences": 2,
+            "per_experience": 2,
+        },
+        # Adapters on the very layers that are edited: to an editor they must not be there.
+        "model": {"name": "causal-lm", "weights": str(folder), "lora_targets": ["q_proj", "up_proj", "down_proj"]},
+        "training": {"epochs": 30, "batch_size": 2, "lr": 0.02, "optimizer": "adamw"},
+        "engine": {"threads": 1, "device": "cpu"},
+        "tracking": {"uri": None},
+        "strategies": [
+            *({"name": n, **knobs_of(n)} | ({"steps": 20} if n == "wise" else {}) for n in EDITORS),
+            *TRAINED,
+        ],
+        "seeds": [0],
+    }
+    return parse(document, "test")
+
+
+def matrices(found: dict[str, Any]) -> dict[str, Any]:
+    return {row["strategy"]: row["runs"][0]["matrix"] for row in found["rows"]}
+
+
+@pytest.mark.slow
+def test_a_comparison_ranks_editors_and_strategies(comparison: RunConfig, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = compare(comparison, out)
+    for row in found["rows"]:
+        (document,) = row["runs"]
+        assert document["status"] == "finished", document["error"]
+        assert len(document["matrix"]) == 2
+    made = matrices(found)
+    assert list(made) == [*EDITORS, *TRAINED]
+    for name in ("ft-m", "grace", "naive"):  # a random model takes these well
+        assert made[name][0][0] == made[name][1][1] == 1
+    report = next(out.glob("report*.md")).read_text()
+    assert all(name in report for name in made)
+
+    again = compare(comparison, tmp_path / "again")
+    assert matrices(again) == made, "the same configuration and seed give the same matrix"
+
+    for name in EDITORS:  # killed after the first experience
+        folder = tmp_path / "again" / "runs" / f"{name}-seed0"
+        document = json.loads((folder / "run.json").read_text())
+        write_atomically(folder / "run.json", json.dumps(document | {"status": "running", "matrix": []}))
+        newest = max((folder / "checkpoints").iterdir())
+        for file in newest.iterdir():
+            file.unlink()
+        newest.rmdir()
+    resumed = compare(comparison, tmp_path / "again", resume=True)
+    assert matrices(resumed) == made
+    for row in resumed["rows"][: len(EDITORS)]:
+        assert row["runs"][0]["resumed"] == 1

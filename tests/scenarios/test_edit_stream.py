@@ -1,0 +1,129 @@
+"""Edits as a stream: rows as editors read them, what is drawn, what a test asks, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toys
+
+from cl_lab import hub, registry
+from cl_lab.editable import EditableModel
+from cl_lab.errors import ConfigError, DataError
+from cl_lab.facts import conflicts, read_facts
+from cl_lab.records import PAD, Stream, TensorData
+from scenarios.edit_stream import OWN_FACTS, EditStream
+
+BYTES = hub.load_tokenizer("bytes")
+
+
+def made(**knobs: Any) -> EditStream:
+    scenario = registry.create("scenarios", {"name": "edit-stream", "tokenizer": "bytes", **knobs}, "scenario")
+    assert isinstance(scenario, EditStream)
+    return scenario
+
+
+def written(folder: Path, *facts: dict[str, Any]) -> str:
+    file = folder / "facts.jsonl"
+    file.write_text("\n".join(json.dumps(fact) for fact in facts))
+    return str(file)
+
+
+def texts(stream: Stream, data: TensorData) -> list[tuple[str, str]]:
+    prompt = stream.layout["prompt"][0]
+    return [(BYTES.decode(x[:prompt].tolist()), BYTES.decode(x[prompt:].tolist())) for x in data.x]
+
+
+def test_our_own_facts_are_whole_and_do_not_conflict() -> None:
+    edits = read_facts(OWN_FACTS).edits
+    assert len(edits) == 60
+    assert not conflicts(edits)
+    for edit in edits:
+        assert edit.subject
+        assert edit.subject in edit.prompt
+        assert edit.answer != edit.old
+        assert len(edit.paraphrases) == len(edit.unrelated) == 1
+        assert edit.subject in edit.paraphrases[0]
+        assert edit.unrelated[0].answer
+    assert {edit.relation for edit in edits} == {"capital", "language", "largest city"}
+
+
+def test_rows_are_what_editors_read() -> None:
+    stream = made(experiences=2, per_experience=3).stream(0)
+    model = EditableModel(toys.language_model(), BYTES)
+    for e in stream.experiences:
+        assert len(e.edits) == len(e.train) == len(e.test) == 3
+        for row, edit in zip(e.train.x.tolist(), e.edits, strict=True):
+            assert [t for t in row if t != PAD] == [
+                *model.encode_prompt(edit.prompt),
+                *model.encode_answer(edit.answer),
+            ]
+        assert e.test.digest() == e.train.digest()
+
+
+def test_every_edit_comes_once_in_an_order_of_its_seed() -> None:
+    one, two = ([e for x in made().stream(seed).experiences for e in x.edits] for seed in (0, 1))
+    assert len(one) == len({e.prompt for e in one}) == 60
+    assert one != two
+    assert {e.prompt for e in one} == {e.prompt for e in two}
+
+
+def test_tests_may_ask_in_other_words() -> None:
+    stream = made(experiences=2, per_experience=3, asked="paraphrases").stream(0)
+    for e in stream.experiences:
+        assert texts(stream, e.test) == [(edit.paraphrases[0], f" {edit.answer}") for edit in e.edits]
+        assert texts(stream, e.train) == [(edit.prompt, f" {edit.answer}") for edit in e.edits]
+
+
+def test_tests_may_ask_what_must_not_change(tmp_path: Path) -> None:
+    aside = [{"prompt": "Where is it?", "answer": "N"}, {"prompt": "And then?"}]
+    facts = written(
+        tmp_path, {"prompt": "One is", "answer": "1", "unrelated": aside}, {"prompt": "Two is", "answer": "2"}
+    )
+    knobs: dict[str, Any] = {"facts": facts, "asked": "unrelated"}
+    stream = made(experiences=1, per_experience=2, **knobs).stream(0)
+    assert texts(stream, stream.experiences[0].test) == [("Where is it?", " N")], "those whose answer is known"
+    with pytest.raises(DataError, match=r"no edit of experience \d has unrelated with an answer"):
+        made(experiences=2, per_experience=1, **knobs).stream(0)
+
+
+def test_facts_are_found_in_a_data_folder(tmp_path: Path) -> None:
+    written(tmp_path, {"prompt": "One is", "answer": "1"})
+    knobs: dict[str, Any] = {"experiences": 1, "per_experience": 1}
+    scenario = registry.create(
+        "scenarios",
+        {"name": "edit-stream:facts.jsonl", "tokenizer": "bytes", "data_dir": str(tmp_path), **knobs},
+        "scenario",
+    )
+    assert scenario.stream(0).experiences[0].edits[0].prompt == "One is"
+    with pytest.raises(DataError, match=r"facts 'other\.jsonl' are not here, nor in .*; give a path"):
+        made(facts="other.jsonl", data_dir=str(tmp_path), **knobs).stream(0)
+
+
+def test_too_few_facts_are_told(tmp_path: Path) -> None:
+    facts = written(tmp_path, {"prompt": "One is", "answer": "1"})
+    with pytest.raises(
+        DataError, match=r"facts\.jsonl holds 1 edits, but experiences = 6 of per_experience = 10 take 60"
+    ):
+        made(facts=facts).stream(0)
+
+
+def test_bad_facts_are_told_or_left_out(tmp_path: Path) -> None:
+    facts = written(tmp_path, {"prompt": "One is", "answer": ""}, {"prompt": "Two is", "answer": "2"})
+    knobs: dict[str, Any] = {"facts": facts, "experiences": 1, "per_experience": 1}
+    with pytest.raises(DataError, match=r"facts\.jsonl:1: answer is empty"):
+        made(**knobs).stream(0)
+    assert made(skip_bad=True, **knobs).stream(0).experiences[0].edits[0].prompt == "Two is"
+
+
+def test_edits_that_contradict_each_other_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    facts = written(tmp_path, {"prompt": "One is", "answer": "1"}, {"prompt": "One is", "answer": "2"})
+    made(facts=facts, experiences=2, per_experience=1).stream(0)
+    assert "1 of 2 edits contradict an earlier one, which will not hold: facts.jsonl:" in caplog.text
+
+
+def test_a_tokenizer_without_turns_cannot_chat() -> None:
+    with pytest.raises(ConfigError, match="chat"):
+        made(chat=True).stream(0)
