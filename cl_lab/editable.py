@@ -101,6 +101,8 @@ class EditableModel:
         """What hangs on sites by hooks, by name; :mod:`cl_lab.patches` keeps it."""
         self.memo: dict[Hashable, Any] = {}
         """What editors computed of the model and may want again; forgotten when a weight changes."""
+        self.origin: dict[Hashable, Any] = {}
+        """What they computed of the model as it was before any patch (:meth:`unpatched`); kept as long as the model."""
         self.layers_path, self.layers = _layers(model, name)
         self._sites: dict[str, Site] = {}
         self._asked: Tensor | None = None
@@ -319,6 +321,20 @@ class EditableModel:
         finally:
             for hook in self.side.values():
                 hook.pause(False)
+
+    @contextmanager
+    def unpatched(self) -> Iterator[None]:
+        """Run the block with the weights from before any patch, and without what answers for some prompts only."""
+        sites = [self.site(path) for path in self.base]
+        kept = [site.weight.clone() for site in sites]
+        with self.unrouted():
+            try:
+                for site in sites:
+                    site.weight.copy_(self.base[site.path])
+                yield
+            finally:
+                for site, weight in zip(sites, kept, strict=True):
+                    site.weight.copy_(weight)
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
