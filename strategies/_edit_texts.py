@@ -141,7 +141,8 @@ def descend(
     """Take up to ``steps`` steps; returns how many, and the answers' loss at the end, for a patch's notes.
 
     ``losses`` gives the loss to step on, the answers' part of it, and whether that is good enough to stop. Raises
-    :class:`EditError`, with ``what`` before it, where a loss is not finite, or the answers' neither small nor lower than it was.
+    :class:`EditError`, with ``what`` before it, where a loss is not finite, or the answers' neither small nor lower than it
+    was.
     """
     reached: list[float] = []
     for step in range(steps + 1):

@@ -196,6 +196,7 @@ class KeyValueEditor(Editor):
     """
 
     folds: ClassVar[bool] = True
+    by_subject: ClassVar[bool] = True
 
     lr: float = knob(0.3, "Adam's learning rate for δ, in a coordinate's share of the layer's output", gt=0, le=1000)
     steps: int = knob(30, "steps for δ, at most", ge=1)
@@ -234,6 +235,7 @@ class KeyValueEditor(Editor):
         before = beside.logits().log_softmax(1)
         labels, lengths = at.rows.labels.to(at.out.device), at.rows.length - at.rows.prompt
         unit = subjects.mean(at.out[:, 0].float().norm(dim=1))[:, None]
+        refuse_broken(unit.mean(), what)
         delta = torch.zeros(len(edits), at.out.shape[2], device=at.out.device, requires_grad=True)
         optimizer = torch.optim.Adam([delta], lr=self.lr * float(unit.mean()) / at.out.shape[2] ** 0.5)
 

@@ -25,13 +25,13 @@ class AlphaEdit(SpreadEditor):
     """Null-space constrained editing: changes act only where the keys that are to keep their values have next to nothing.
 
     Fang et al. 2024 (AlphaEdit, arXiv 2410.02355). With ``P`` the projection on the eigenvectors of ``C = E[k kᵀ]`` whose
-    eigenvalue is below ``threshold`` times the mean one, this batch's keys ``K`` and missing values ``R`` as columns, and the
-    keys ``K_p`` of all edits before it (Eq. 14), layer after layer as MEMIT does::
+    eigenvalue is below ``threshold`` times the mean one, this batch's keys ``K`` and missing values ``R`` as columns, and
+    the keys ``K_p`` of all edits before it (Eq. 14), layer after layer as MEMIT does::
 
         Δ = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + l2 I)⁻¹
 
-    which is the ridge regression of ``R`` at ``K`` and of nothing at ``K_p`` on projected keys. Each patch keeps its own keys,
-    so one that is taken away frees them. ``C`` is the unedited model's. The paper's threshold is an absolute 0.02.
+    which is the ridge regression of ``R`` at ``K`` and of nothing at ``K_p`` on projected keys. Each patch keeps its own
+    keys, so one that is taken away frees them. ``C`` is the unedited model's. The paper's threshold is an absolute 0.02.
 
     An earlier key that is nearly a new one gives way, or nothing could be corrected twice. An edit needs its subject, as it
     stands in the prompt.

@@ -20,8 +20,8 @@ from ._key_values import SpreadEditor, key_moments, least_squares, whiten
 class MEMIT(SpreadEditor):
     """Mass-Editing Memory: in each of some layers, the least change that brings the new values at the subjects' keys.
 
-    Meng et al. 2023 (MEMIT, arXiv 2210.07229). With the edits' keys ``K`` and what is missing of their values ``R`` as columns,
-    a layer gets the share ``R/l`` with ``l`` layers to come, itself counted (Eq. 20), and by Eq. 14::
+    Meng et al. 2023 (MEMIT, arXiv 2210.07229). With the edits' keys ``K`` and what is missing of their values ``R`` as
+    columns, a layer gets the share ``R/l`` with ``l`` layers to come, itself counted (Eq. 20), and by Eq. 14::
 
         Δ = (R/l) Kᵀ (λC + K Kᵀ)⁻¹,        C = E[k kᵀ]
 

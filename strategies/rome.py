@@ -24,8 +24,8 @@ class ROME(KeyValueEditor):
 
         W' = W + δ (C⁻¹k*)ᵀ / (k*ᵀC⁻¹k*),        C = E[k kᵀ]
 
-    so that ``W' k* = v*`` exactly. Both ``k*`` are that mean, as in R-ROME (Gupta et al. 2024, arXiv 2403.07175); a key of the
-    plain prompt in one of the places is what makes single edits break models. ``C`` comes from few texts, so ``ridge``
+    so that ``W' k* = v*`` exactly. Both ``k*`` are that mean, as in R-ROME (Gupta et al. 2024, arXiv 2403.07175): the
+    plain prompt's key in one of the places is what lets single edits break models. ``C`` comes from few texts, so ``ridge``
     times its mean eigenvalue is added to its diagonal. The edits of a patch are written one after the other, each found
     with those before it in place; keys are read below the change, so none of them moves.
 
