@@ -38,7 +38,7 @@ class ROME(KeyValueEditor):
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
-        return {"layer": 1, "contexts": 0, "clamp": 8.0, "decay": 0.0, "steps": 100}
+        return {"layer": 0, "contexts": 0, "clamp": 30.0, "kl": 0.0, "steps": 150}
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = edit_site(model, self.layer, self.module, 1 / 3)

@@ -31,6 +31,7 @@ from strategies.rome import ROME
 
 ONE = Edit("The capital of Peru is", "B", subject="Peru")
 TWO = Edit("Who painted Night Watch?", "7", subject="Night Watch")
+BESIDE = Edit("Rivers of Peru run", "7", subject="Peru")
 QUICK: dict[str, Any] = {"steps": 6, "contexts": 1, "lr": 0.3}
 
 
@@ -214,17 +215,17 @@ def test_alphaedit_leaves_preserved_and_earlier_keys_alone(model: EditableModel)
     (key,) = (first.statistics[f"{site.path}:keys"],)
     first.apply(model)
     assert torch.equal(kept_keys(model, site), key)
-    second = proposed(editor, model, TWO)
+    second = proposed(editor, model, BESIDE)
     change = second.changes[site.path].value().double()
     used = used_directions(model, site, editor.threshold)
-    own = second.statistics[f"{site.path}:keys"].double()
-    brought = (change @ own.T).norm()
+    moved = float((change @ key.double().T).norm())
     assert float((change @ used).norm()) < 1e-5 * float(change.norm())
-    assert float((change @ key.double().T).norm()) < 0.02 * float(brought), "the earlier edit's value stays"
     first.revert(model)
     assert len(kept_keys(model, site)) == 0
-    alone = proposed(editor, model, TWO).changes[site.path].value().double()
-    assert float((alone @ key.double().T).norm()) > 0.02 * float((alone @ own.T).norm()), "it moved without being held"
+    alone = proposed(editor, model, BESIDE).changes[site.path].value().double()
+    assert moved < 0.05 * float((alone @ key.double().T).norm()), (
+        "the earlier edit's value moves only where it is not held"
+    )
 
 
 def test_alphaedit_can_correct_the_same_fact_again(model: EditableModel) -> None:
