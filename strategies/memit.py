@@ -36,7 +36,7 @@ class MEMIT(SpreadEditor):
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
-        return {"layers": [0], "contexts": 0, "clamp": 30.0, "kl": 0.0, "steps": 150}
+        return {"layers": [0], "contexts": 0, "clamp": 30.0, "kl": 0.0, "steps": 150, "weight": 1.0}
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         changes, _, notes = self._spread(model, edits, "memit")
