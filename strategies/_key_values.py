@@ -45,7 +45,7 @@ class SubjectRows(NamedTuple):
 
     def mean(self, each: Tensor) -> Tensor:
         """The mean ``[edits, …]`` over forms of ``each`` ``[edits · forms, …]``."""
-        return each.unflatten(0, (-1, self.forms)).mean(1)
+        return each.reshape(-1, self.forms, *each.shape[1:]).mean(1)
 
 
 def subject_rows(model: EditableModel, edits: Sequence[Edit], contexts: int, chat: bool) -> SubjectRows:
@@ -285,11 +285,10 @@ class SpreadEditor(KeyValueEditor):
         with model.unrouted():
             delta, notes = self._search(model, sites[-1], edits, what)
             subjects = self._subjects(model, edits)
-            first: Tensor | None = None
+            (first,) = subject_inputs(model, subjects, [above])
             for i, site in enumerate(sites):
                 with changed(model, done):
                     keys, hidden = subject_inputs(model, subjects, [site, above])
-                first = hidden if first is None else first
                 left = delta - (hidden - first)
                 found[site.path] = keys
                 done[site.path] = self._update(model, site, keys, left / (len(sites) - i))

@@ -43,7 +43,8 @@ class ROME(KeyValueEditor):
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = edit_site(model, self.layer, self.module, 1 / 3)
         done: list[Delta] = []
-        steps, losses = 0, []
+        losses: list[float] = []
+        steps = 0
         with model.unrouted():
             for edit in edits:
                 with changed(model, {site.path: joined(done)} if done else {}):

@@ -148,8 +148,8 @@ class Words:
         return "".join(["ab", "bc", "a", "b", "c", "d"][t] for t in tokens)
 
 
-def test_a_token_across_the_subjects_end_counts(model: EditableModel) -> None:
-    model.tokenizer = Words()  # type: ignore[assignment]
+def test_a_token_across_the_subjects_end_counts(model: EditableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "tokenizer", Words())
     assert tokens_until(model, "cdabd", 3) == 3  # the subject ends with the "a" of "ab"
     assert tokens_until(model, "cdbd", 2) == 2
 
