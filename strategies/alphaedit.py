@@ -46,7 +46,8 @@ class AlphaEdit(SpreadEditor):
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         changes, keys, notes = self._spread(model, edits, "alphaedit")
-        return WeightPatch("alphaedit", notes, changes, {f"{path}:keys": k for path, k in keys.items()})
+        kept = {f"{path}:keys": own for path, own in keys.items()}
+        return WeightPatch("alphaedit", notes, changes, statistics=kept)
 
     def _update(self, model: EditableModel, site: Site, keys: Tensor, changes: Tensor) -> Delta:
         used = used_directions(model, site, self.threshold)
