@@ -105,6 +105,8 @@ class EditableModel:
         """What hangs on sites by hooks, by name; :mod:`cl_lab.patches` keeps it."""
         self.memo: dict[Hashable, Any] = {}
         """What editors computed of the model and may want again; forgotten when a weight changes."""
+        self.origin: dict[Hashable, Any] = {}
+        """What they computed of the model as it was before any patch (:meth:`unpatched`); kept as long as the model."""
         self.layers_path, self.layers = _layers(model, name)
         self._sites: dict[str, Site] = {}
         self._asked: Tensor | None = None
@@ -334,6 +336,20 @@ class EditableModel:
             for hook in self.side.values():
                 hook.pause(False)
 
+    @contextmanager
+    def unpatched(self) -> Iterator[None]:
+        """Run the block with the weights from before any patch, and without what answers for some prompts only."""
+        sites = [self.site(path) for path in self.base]
+        kept = [site.weight.clone() for site in sites]
+        with self.unrouted():
+            try:
+                for site in sites:
+                    site.weight.copy_(self.base[site.path])
+                yield
+            finally:
+                for site, weight in zip(sites, kept, strict=True):
+                    site.weight.copy_(weight)
+
     # -- answers ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -355,13 +371,14 @@ class EditableModel:
     def write(
         self, prompts: Sequence[str], *, tokens: int, top_k: int = 5, seed: int = 0, chat: bool = False
     ) -> list[str]:
-        """What the model goes on with, ``tokens`` of them unless it ends, each drawn from the ``top_k`` likeliest.
+        """What the model goes on with, ``tokens`` of them, each drawn from the ``top_k`` likeliest but for the end of text.
 
-        The same for the same ``seed`` and prompts; nothing but the model's own end stops a text.
+        The same for the same ``seed`` and prompts.
         """
         drawn = torch.Generator().manual_seed(seed)
 
         def draw(logits: Tensor) -> Tensor:
+            logits[:, self.tokenizer.end] = -torch.inf
             best = logits.topk(top_k, 1)
             place = torch.multinomial(best.values.softmax(1).cpu(), 1, generator=drawn)
             return best.indices.cpu().gather(1, place).squeeze(1)

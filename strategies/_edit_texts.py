@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cl_lab import seeding
 from cl_lab.editable import EditableModel, Site
-from cl_lab.errors import EditError
+from cl_lab.errors import ConfigError, EditError
 from cl_lab.facts import Edit
 from cl_lab.probe_texts import PARAGRAPHS, QUESTIONS
 
@@ -166,3 +166,12 @@ def edit_site(model: EditableModel, layer: int | None, module: str | None, share
     if module is not None:
         return model.site(module)
     return model.down_projection(round(share * (len(model.layers) - 1)) if layer is None else layer)
+
+
+def edit_layers(model: EditableModel, layers: Sequence[int] | None, shares: Sequence[float]) -> list[int]:
+    """The layers to edit, in order: those named, by default those at ``shares`` of the depth."""
+    if layers is None:
+        return sorted({round(share * (len(model.layers) - 1)) for share in shares})
+    if not layers or len(set(layers)) < len(layers):
+        raise ConfigError(f"layers = {layers}: name each layer once, and one at least, or null for the default")
+    return sorted(layers)

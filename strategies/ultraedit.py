@@ -17,10 +17,11 @@ from cl_lab.knobs import knob
 from cl_lab.patches import Delta, Patch, WeightPatch
 from cl_lab.protocols import Editor
 
-from ._edit_texts import forms, refuse_broken
+from ._edit_texts import edit_layers, forms, refuse_broken
 
 _TINY = 1e-8  # beside a variance
 _AT_ONCE = 32  # rows
+_WINDOW = (0.48, 0.55, 0.62, 0.69, 0.76)  # of the depth
 
 
 @dataclass
@@ -59,7 +60,9 @@ class UltraEdit(Editor):
         return {"lr": 3e-3, "iterations": 40, "contexts": 0}
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
-        sites = [site for layer in self._window(model) for site in feed_forward_inputs(model, layer)]
+        sites = [
+            site for layer in edit_layers(model, self.layers, _WINDOW) for site in feed_forward_inputs(model, layer)
+        ]
         chat = self.chat and model.tokenizer.can_chat
         rows = model.rows([p for e in edits for p in forms(model, e, self.contexts, chat)])
         before = {s.path: kept_moments(model, s) for s in sites}
@@ -81,16 +84,6 @@ class UltraEdit(Editor):
         statistics = {f"{path}:{name}": value for path, m in own.items() for name, value in m._asdict().items()}
         notes = {"steps": len(losses), "loss": losses[-1], "tokens": int(rows.said.sum()), "edits": len(edits)}
         return WeightPatch("ultraedit", notes, {p: _smallest(c) for p, c in changes.items()}, statistics)
-
-    def _window(self, model: EditableModel) -> list[int]:
-        n = len(model.layers)
-        if self.layers is None:
-            return sorted({round(share * (n - 1)) for share in (0.48, 0.55, 0.62, 0.69, 0.76)})
-        if not self.layers or len(set(self.layers)) < len(self.layers):
-            raise ConfigError(
-                f"layers = {self.layers}: name each layer once, and one at least, or null for the default"
-            )
-        return sorted(self.layers)
 
 
 def feed_forward_inputs(model: EditableModel, layer: int) -> list[Site]:
