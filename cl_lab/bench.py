@@ -152,8 +152,16 @@ REMIND: dict[str, Any] = {
 }
 """What *remind* streams: pictures of 64×64, to the network cut behind ``split``, 50 remembered with each."""
 
-EDITS: dict[str, Any] = {"weights": "smollm2-135m", "layer": 26, "contexts": 8, "steps": 20, "rho": 0.2, "edits": 500}
-"""The language model of *edits*, how it is edited, and how many edits it has when it is asked."""
+EDITS: dict[str, Any] = {
+    "weights": "smollm2-135m",
+    "layer": 26,
+    "contexts": 8,
+    "steps": 20,
+    "rho": 0.2,
+    "edits": 500,
+    "tokens": 24,
+}
+"""The language model of *edits*, how it is edited, how many edits it has when it is asked, and the answer's length."""
 
 COMMANDS = (("--help",), ("list", "strategies"), ("show", "strategy", "ewc"), ("run", "--help"))
 """Command lines whose start is measured."""
@@ -679,7 +687,7 @@ def _whole_model_edit(model: EditableModel, edit: Edit) -> float:
 
 
 def _routing(model: EditableModel, wise: Any, repeats: int) -> dict[str, Any]:
-    """Seconds to answer a question by itself, with and without the side memories of so many edits, none of which fires."""
+    """Seconds of an answer to one question, with and without the side memories of so many edits, none of which fires."""
     site = model.down_projection(EDITS["layer"])
     memories = math.ceil(EDITS["edits"] / wise.edits_per_shard)
     for shard in range(memories):
@@ -695,10 +703,10 @@ def _routing(model: EditableModel, wise: Any, repeats: int) -> dict[str, Any]:
         routed = bool(turn % 2)
         start = time.perf_counter()
         if routed:
-            model.answer(question, max_new_tokens=24)
+            model.write(question, tokens=EDITS["tokens"])
         else:
             with model.unrouted():
-                model.answer(question, max_new_tokens=24)
+                model.write(question, tokens=EDITS["tokens"])
         if turn > 1:  # the first of each fills caches
             took[routed].append(time.perf_counter() - start)
     plain, asked = (statistics.median(took[routed]) for routed in (False, True))

@@ -144,7 +144,7 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_edits(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"weights": "tiny", "layer": 2, "contexts": 2, "steps": 2, "rho": 0.2, "edits": 12}
+    small = {"weights": "tiny", "layer": 2, "contexts": 2, "steps": 2, "rho": 0.2, "edits": 12, "tokens": 4}
     monkeypatch.setattr(bench, "EDITS", small)
     (row,) = bench.run("edits", [1], 2)
     assert row["speedup"] == pytest.approx(row["whole_model_s"] / row["wise_s"])
