@@ -228,13 +228,6 @@ class Heard:
         total = torch.zeros(self.count, centred.shape[1], device=centred.device).index_add(0, self.of, centred)
         return torch.nn.functional.normalize(total, dim=1)
 
-    @classmethod
-    def joined(cls, parts: Sequence[Heard]) -> Heard:
-        """All of them, in their order."""
-        first = [sum(p.count for p in parts[:i]) for i in range(len(parts))]
-        of = torch.cat([p.of + n for p, n in zip(parts, first, strict=True)])
-        return cls(torch.cat([p.tokens for p in parts]), of, sum(p.count for p in parts))
-
 
 def heard_prompts(model: EditableModel, site: Site, prompts: Sequence[Asked]) -> Heard:
     """What ``prompts`` bring to the site, each computed once for a model as long as its weights stay.

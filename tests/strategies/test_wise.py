@@ -13,7 +13,7 @@ from cl_lab.editable import EditableModel
 from cl_lab.facts import Edit
 from cl_lab.patches import SidePatch, activation_gap, shard_change, unpacked
 from strategies._edit_texts import SUBJECTS, neighbours
-from strategies.wise import Heard, Wise, both_ways, heard_prompts, in_turn
+from strategies.wise import Wise, both_ways, heard_prompts, in_turn, nearest
 
 BYTES = hub.load_tokenizer("bytes")
 EDITS = [
@@ -92,9 +92,6 @@ def test_the_gap_of_prompts_is_that_of_equation_3(model: EditableModel) -> None:
     order = torch.randperm(5, generator=torch.Generator().manual_seed(7))[:3]
     assert torch.allclose(drawn.gap(change), expected[order], rtol=1e-4)
     assert heard.drawn(99, torch.Generator()).count == 5
-    both = Heard.joined([heard, drawn])
-    assert both.count == 8
-    assert torch.allclose(both.gap(change), torch.cat([expected, expected[order]]), rtol=1e-4)
 
 
 def test_prompts_are_heard_once(model: EditableModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +119,18 @@ def test_neighbours_are_the_prompt_with_other_subjects() -> None:
     assert neighbours(Edit("Zebras have", "q"), 3) == []
     assert neighbours(Edit("Zebras have", "q", subject="Lions"), 3) == []
     assert len(neighbours(EDITS[0], 999)) == len(SUBJECTS)
+
+
+def test_the_nearest_prompts_are_those_that_bring_nearly_the_same(model: EditableModel) -> None:
+    site = model.down_projection(2)
+    others = ["Snow is", "The capital of Chad is", "Who wrote it?", "The capital of Perú is"]
+    found = nearest(model, site, ["The capital of Peru is"], others, 2)
+    assert found == ["The capital of Perú is", "The capital of Chad is"]
+    assert nearest(model, site, ["The capital of Peru is"], others, 0) == []
+    assert nearest(model, site, ["The capital of Peru is"], [], 2) == []
+    heard = heard_prompts(model, site, in_turn(others, False))
+    mean = torch.stack([heard.tokens[heard.of == n].mean(0) for n in range(4)]) - heard.tokens.mean(0)
+    assert torch.allclose(heard.directions(), torch.nn.functional.normalize(mean, dim=1), atol=1e-5)
 
 
 def test_training_brings_prompts_apart(model: EditableModel) -> None:
