@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cl_lab.errors import CheckpointError
+from cl_lab.files import sync_folder
 from cl_lab.records import State
 
 log = logging.getLogger("cl_lab")
@@ -85,11 +86,11 @@ def save(folder: Path, step: int, state: State, keep: int, *, suffix: str = "") 
         for name in ("tensors.safetensors", "state.json"):
             with (temporary / name).open("rb") as handle:
                 os.fsync(handle.fileno())
-        _sync_folder(temporary)
+        sync_folder(temporary)
         if target.exists():  # the same step saved again, after a resume
             shutil.rmtree(target)
         temporary.rename(target)
-        _sync_folder(folder)
+        sync_folder(folder)
     except (OSError, SafetensorError) as error:  # a full disk shows as either
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
@@ -163,7 +164,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, SafetensorError) as error:  # a full disk shows as either
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -207,14 +208,6 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def equal(a: State, b: State) -> bool:

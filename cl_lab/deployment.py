@@ -27,7 +27,7 @@ from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, EditError
 from cl_lab.facts import Edit, conflicts
-from cl_lab.files import write_atomically
+from cl_lab.files import sync_folder, write_atomically
 from cl_lab.patches import Patch, WeightPatch, load_patch
 from cl_lab.probe_texts import QUESTIONS
 
@@ -111,7 +111,7 @@ class Deployment:
             (folder / _JOURNAL).touch()
             (folder / _LOCK).touch()
             write_atomically(folder / _DOCUMENT, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-            _sync(folder)
+            sync_folder(folder)
         except OSError as error:
             raise DataError(f"'{folder}' cannot be written ({error.strerror}); choose another place") from error
         return cls(folder)
@@ -266,9 +266,9 @@ class Deployment:
                 shutil.rmtree(left, ignore_errors=True)
             digest = patch.save(scratch)
             write_atomically(scratch / "facts.json", facts)
-            _sync(scratch)
+            sync_folder(scratch)
             scratch.rename(place)
-            _sync(place.parent)
+            sync_folder(place.parent)
         except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)
             raise DataError(
@@ -512,12 +512,3 @@ def _hash(line: Mapping[str, Any]) -> str:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _sync(folder: Path) -> None:
-    """What was renamed in ``folder`` is on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -29,6 +29,15 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries to disk: what was made in it, or renamed into it, is there after a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def set_aside_name(folder: Path) -> Path:
     """A free name beside ``folder``, for keeping what it holds when a new run wants its place."""
     n = 1
