@@ -47,7 +47,8 @@ _EXPORT = "cl-lab.json"
 class Event:
     """A line of the journal: the ``n``-th event, at ``time`` (UTC), ``kind`` (apply, undo, redo), and the edit it is about.
 
-    ``digest`` is that of the edit's patch, ``facts`` that of its facts; ``forced`` says that gates were overruled.
+    ``digest`` is that of the edit's patch (:meth:`~cl_lab.patches.Patch.save`), ``facts`` that of its facts; ``forced`` says
+    that gates were overruled.
     """
 
     n: int
@@ -247,8 +248,7 @@ class Deployment:
         Raises :class:`EditError` where it contradicts an edit in force, and what the editor raises.
         """
         earlier = [edit for identifier in self.active() for edit in self.edits(identifier)]
-        for conflict in conflicts([*earlier, *edits]):
-            raise EditError(f"{conflict.why}; undo the older edit first, or leave one of them out")
+        self._refuse_conflicts(edits, earlier)
         editor = registry.create("editors", self.document["editor"], "editor")
         return preview(model, editor, edits, earlier, self.guards(), self.document["gates"], chat=chat)
 
@@ -292,11 +292,16 @@ class Deployment:
         self._append("undo", identifier, event.digest, event.facts, False)
 
     def redo(self, identifier: str) -> None:
-        """Bring an undone edit back, as it was, on top of those in force; inside :meth:`changing`. Raises likewise."""
+        """Bring an undone edit back, as it was, on top of those in force; inside :meth:`changing`.
+
+        Raises :class:`ConfigError` where it is in force, :class:`EditError` where it contradicts an edit that is.
+        """
         event = self.event_of(identifier)
-        if identifier in self.active():
+        active = self.active()
+        if identifier in active:
             raise ConfigError(f"edit '{identifier}': is in force; there is nothing to do again")
         self.patch(identifier)  # is whole
+        self._refuse_conflicts(self.edits(identifier), [edit for other in active for edit in self.edits(other)])
         self._append("redo", identifier, event.digest, event.facts, False)
 
     def export(self, out: Path) -> dict[str, Any]:
@@ -352,6 +357,10 @@ class Deployment:
         except (DataError, ConfigError) as error:
             wrong.append(str(error))
         return wrong
+
+    def _refuse_conflicts(self, edits: Sequence[Edit], earlier: Sequence[Edit]) -> None:
+        for conflict in conflicts(edits, earlier):
+            raise EditError(f"{conflict.why}; undo the older edit first, or leave one of them out")
 
     def _append(self, kind: str, identifier: str, digest: str, facts: str, forced: bool) -> None:
         place = self.folder / _JOURNAL

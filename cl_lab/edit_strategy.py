@@ -19,7 +19,7 @@ from cl_lab.errors import ConfigError, EditError
 from cl_lab.facts import Edit
 from cl_lab.knobs import knob
 from cl_lab.models import Classifier
-from cl_lab.patches import Patch, kinds
+from cl_lab.patches import Patch, remade
 from cl_lab.protocols import Editor, Learner, Strategy
 from cl_lab.records import OBJECTIVES, PAD, Batch, Experience, Objective, State, Stream, TensorData
 
@@ -121,9 +121,7 @@ class EditorStrategy(Strategy):
             "patches": {
                 f"{i:06d}": {
                     # As text: whatever a patch has settled comes back as it was.
-                    "document": json.dumps(
-                        {"kind": p.kind, "editor": p.editor, "settings": p.settings(), "notes": p.notes}
-                    ),
+                    "document": json.dumps(p.document()),
                     "tensors": {name: t.detach().cpu() for name, t in p.tensors().items()},
                 }
                 for i, p in enumerate(self._patches)
@@ -151,10 +149,7 @@ class EditorStrategy(Strategy):
 
 
 def _patch(state: Any) -> Patch:
-    document = json.loads(state["document"])
-    made = kinds()[document["kind"]].made(state["tensors"], document["settings"])
-    made.editor, made.notes = document["editor"], document["notes"]
-    return made
+    return remade(json.loads(state["document"]), state["tensors"])
 
 
 class _Causal(nn.Module):

@@ -90,26 +90,24 @@ class Patch:
         raise NotImplementedError
 
     def save(self, folder: Path) -> str:
-        """Write the patch into ``folder`` (made if need be), each file in one step; returns the digest of its tensors.
+        """Write the patch into ``folder`` (made if need be), each file in one step; returns the digest of its document.
 
-        Raises :class:`OSError` as writing does; what was there before is then still whole.
+        The document names the digest of the tensors, so that of the document stands for all of it. Raises :class:`OSError`
+        as writing does; what was there before is then still whole.
         """
         from safetensors.torch import save
 
         folder.mkdir(parents=True, exist_ok=True)
         data = save({name: t.detach().cpu().contiguous() for name, t in self.tensors().items()})
-        digest = hashlib.sha256(data).hexdigest()
-        document = {
-            "format": FORMAT,
-            "kind": self.kind,
-            "editor": self.editor,
-            "settings": self.settings(),
-            "notes": self.notes,
-            "sha256": digest,
-        }
+        content = {"format": FORMAT, **self.document(), "sha256": hashlib.sha256(data).hexdigest()}
+        document = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
         write_atomically(folder / _TENSORS, data)
-        write_atomically(folder / _DOCUMENT, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-        return digest
+        write_atomically(folder / _DOCUMENT, document)
+        return hashlib.sha256(document).hexdigest()
+
+    def document(self) -> dict[str, Any]:
+        """All but the tensors, as JSON values: what :func:`remade` wants."""
+        return {"kind": self.kind, "editor": self.editor, "settings": self.settings(), "notes": self.notes}
 
     @property
     def nbytes(self) -> int:
@@ -122,8 +120,15 @@ def kinds() -> dict[str, type[Patch]]:
     return {cls.kind: cls for cls in (WeightPatch, SidePatch, KeyPatch, PromptPatch)}
 
 
+def remade(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Patch:
+    """The patch that gave :meth:`Patch.document` and :meth:`Patch.tensors`. Raises :class:`KeyError` and its like."""
+    patch = kinds()[document["kind"]].made(tensors, document["settings"])
+    patch.editor, patch.notes = document["editor"], document["notes"]
+    return patch
+
+
 def load_patch(folder: Path, digest: str | None = None) -> Patch:
-    """The patch saved in ``folder``. With ``digest`` its tensors must be those; they must be those of its document anyway.
+    """The patch saved in ``folder``. With ``digest`` its document must be that; the tensors must be the document's anyway.
 
     Raises :class:`DataError`, naming the file, for what is missing, damaged, altered or of another version.
     """
@@ -131,7 +136,8 @@ def load_patch(folder: Path, digest: str | None = None) -> Patch:
 
     place = folder / _DOCUMENT
     try:
-        document = json.loads(place.read_text(encoding="utf-8"))
+        written = place.read_bytes()
+        document = json.loads(written)
         place = folder / _TENSORS
         data = place.read_bytes()
     except (OSError, ValueError) as error:
@@ -140,25 +146,24 @@ def load_patch(folder: Path, digest: str | None = None) -> Patch:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         found = document.get("format") if isinstance(document, dict) else None
         raise DataError(f"patch '{folder / _DOCUMENT}': format {found!r}, this version reads {FORMAT}; update cl-lab")
-    found = hashlib.sha256(data).hexdigest()
-    for wanted in (str(document.get("sha256")), digest):
+    for name, content, wanted, who in (
+        (_DOCUMENT, written, digest, "the list of edits"),
+        (_TENSORS, data, str(document.get("sha256")), f"sha256 in {_DOCUMENT}"),
+    ):
+        found = hashlib.sha256(content).hexdigest()
         if wanted is not None and found != wanted:
             raise DataError(
-                f"patch '{place}': its SHA-256 is {found[:12]}…, sha256 in {_DOCUMENT} or the list of edits says "
-                f"{wanted[:12]}…: the file was changed; restore it"
+                f"patch '{folder / name}': its SHA-256 is {found[:12]}…, {who} says {wanted[:12]}…: the file was changed; "
+                "restore it"
             )
-    known = kinds()
-    kind = str(document.get("kind"))
-    if kind not in known:
-        raise DataError(f"patch '{folder / _DOCUMENT}': unknown kind '{kind}'{nearest(kind, known)}")
+    if (kind := str(document.get("kind"))) not in kinds():
+        raise DataError(f"patch '{folder / _DOCUMENT}': unknown kind '{kind}'{nearest(kind, kinds())}")
     try:
-        patch = known[kind].made(load(data), document["settings"])
-        patch.editor, patch.notes = document["editor"], document["notes"]
+        return remade(document, load(data))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"patch '{folder / _DOCUMENT}': lacks a part ({type(error).__name__}: {error}); restore it"
         ) from None
-    return patch
 
 
 def _shape_at(model: EditableModel, path: str) -> tuple[int, int]:

@@ -169,8 +169,11 @@ def test_a_journal_that_was_altered_is_told_by_line(folder: Path, what: str, cha
 def test_other_files_that_were_altered_are_told_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     altered(folder / "edits/2/facts.json", lambda b: b.replace(b"7", b"8"))
     altered(folder / "edits/3/patch.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]))
+    altered(folder / "edits/1/patch.json", lambda b: b.replace(b'"edits": 1', b'"edits": 2'))
     made = Deployment(folder)
-    facts, patch = made.check()
+    document, facts, patch = made.check()
+    assert "edits/1/patch.json" in document
+    altered(folder / "edits/1/patch.json", lambda b: b.replace(b'"edits": 2', b'"edits": 1'))
     assert "edits/2/facts.json" in facts
     assert "line 2 of journal.jsonl" in facts
     assert "edits/3/patch.safetensors" in patch
@@ -314,7 +317,11 @@ def test_what_contradicts_an_edit_in_force_is_refused(folder: Path) -> None:
         made.propose(target, [other])
     with made.changing():
         made.undo("1")
-    made.propose(made.load(), [other])
+        target = made.load()
+        made.propose(target, [other])
+        made.apply(target, by_hand(target, 7), [other])
+        with pytest.raises(EditError, match="undo the older edit first"):
+            made.redo("1")
 
 
 def test_a_guard_that_is_none_is_told_by_line(folder: Path) -> None:

@@ -26,6 +26,7 @@ from cl_lab.files import write_atomically
 from cl_lab.models import Classifier
 from cl_lab.patches import Routed
 from cl_lab.records import PAD, Batch, Stream
+from strategies.ft_m import FTM
 
 NAMES = registry.names("editors")
 every = pytest.mark.parametrize("name", NAMES)
@@ -223,7 +224,8 @@ def test_edits_of_a_patch(facts: Path) -> None:
 def test_an_editor_is_found_by_its_name() -> None:
     made = registry.create("strategies", {"name": "ft-m", "lr": 0.5, "edits_per_patch": 3}, "strategy")
     assert isinstance(made, EditorStrategy)
-    assert (made.edits_per_patch, made._editor.lr) == (3, 0.5)  # type: ignore[attr-defined]
+    assert isinstance(made._editor, FTM)
+    assert (made.edits_per_patch, made._editor.lr) == (3, 0.5)
 
 
 def test_a_strategy_comes_before_an_editor_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +282,9 @@ def test_a_stream_without_edits_is_told_on_one_line(tmp_path: Path) -> None:
 # -- what cannot be made ---------------------------------------------------------------------------------------------
 
 
-def test_a_refused_edit_costs_itself_alone(facts: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refused_edit_costs_itself_alone(
+    facts: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = stream_of(facts)
     strategy = strategy_of("ft-m")
     real, refused = strategy._editor.propose, stream.experiences[0].edits[0]
@@ -291,7 +295,7 @@ def test_a_refused_edit_costs_itself_alone(facts: Path, caplog: pytest.LogCaptur
         assert refused not in earlier
         return real(model, edits, earlier)
 
-    strategy._editor.propose = propose  # type: ignore[method-assign]
+    monkeypatch.setattr(strategy._editor, "propose", propose)
     learner = learner_of(stream)
     learnt(strategy, learner)
     assert {k: strategy.measures()[k] for k in ("edits", "patches", "refused")} == {

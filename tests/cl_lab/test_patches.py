@@ -304,7 +304,7 @@ def test_damaged_files_are_told_on_one_line(kind: str, tmp_path: Path) -> None:
     refused(lambda: load_patch(tmp_path / "none"), str(tmp_path / "none" / "patch.json"), "No such file")
     digest = [patch.save(tmp_path)]
     refused(
-        lambda: load_patch(tmp_path, "0" * 64), str(tensors), f"its SHA-256 is {digest[0][:12]}…", "says 000000000000…"
+        lambda: load_patch(tmp_path, "0" * 64), str(document), f"its SHA-256 is {digest[0][:12]}…", "says 000000000000…"
     )
     data = tensors.read_bytes()
     tensors.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
