@@ -11,16 +11,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_lab.errors import ConfigError, nearest
-from cl_lab.hub import Tokenizer, new_cache
+from cl_lab.hub import Tokenizer, Turn, new_cache
 
 if TYPE_CHECKING:
     from cl_lab.patches import Patch
@@ -86,6 +86,12 @@ class Site:
         kept: Tensor = self.module.weight.detach()
         return kept.T if self.transposed else kept
 
+    def put(self, weight: Tensor) -> None:
+        """Give the module another weight ``[out, in]``. The tensor it had stays as it is: another model may share it."""
+        kept = self.module.weight
+        new = (weight.T if self.transposed else weight).to(kept, copy=True).contiguous()
+        self.module.weight = nn.Parameter(new, requires_grad=kept.requires_grad)
+
 
 class EditableModel:
     """A causal language model, its tokenizer, and the patches that lie on it, oldest first.
@@ -117,6 +123,22 @@ class EditableModel:
         found: torch.device = next(iter(self.model.parameters())).device
         return found
 
+    def twin(self) -> EditableModel:
+        """Another on the same tensors, with the same patches: what is laid on or taken off one does not reach the other.
+
+        No tensor is copied, and a pass that this model is in, in another thread, goes on undisturbed.
+        """
+        hooks = list(self.side.values())
+        shared = [*self.model.parameters(), *self.model.buffers(), *hooks]
+        model = deepcopy(self.model, {id(part): part for part in shared})
+        for module in model.modules():
+            _drop_hooks(module, hooks)
+        made = EditableModel(model, self.tokenizer, self.name)
+        made.patches, made.base, made.sums = list(self.patches), dict(self.base), dict(self.sums)
+        made.memo, made.origin = self.memo, self.origin
+        made.side = {name: hook.twin(made) for name, hook in self.side.items()}
+        return made
+
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def site(self, path: str) -> Site:
@@ -128,6 +150,8 @@ class EditableModel:
                 known = [n for n, m in modules.items() if _is_linear(m)]
                 what = "is no linear layer of" if module is not None else "names nothing in"
                 raise ConfigError(f"module = '{path}': {what} model '{self.name}'{nearest(path, known)}")
+            if module.weight is self.decoder.get_input_embeddings().weight:
+                raise ConfigError(f"module = '{path}': its weight is the embeddings', too; choose one within a layer")
             self._sites[path] = Site(path, module, not isinstance(module, nn.Linear))
         return self._sites[path]
 
@@ -205,12 +229,7 @@ class EditableModel:
         """What a chat template puts before and behind what a user says; empty where there is none."""
         if not self.tokenizer.can_chat:
             return [], []
-        one, two = (self.encode_prompt(text, chat=True) for text in ("A", "7"))
-        shared = [a == b for a, b in zip(one, two, strict=False)]
-        head = shared.index(False) if False in shared else 0
-        back = [a == b for a, b in zip(reversed(one), reversed(two), strict=False)]
-        tail = back.index(False) if False in back else 0
-        return one[:head], one[len(one) - tail :]
+        return _around(*(self.encode_prompt(text, chat=True) for text in ("A", "7")))
 
     # -- passes ----------------------------------------------------------------------------------------------------
 
@@ -340,15 +359,15 @@ class EditableModel:
     def unpatched(self) -> Iterator[None]:
         """Run the block with the weights from before any patch, and without what answers for some prompts only."""
         sites = [self.site(path) for path in self.base]
-        kept = [site.weight.clone() for site in sites]
+        kept = [site.module.weight for site in sites]
         with self.unrouted():
             try:
                 for site in sites:
-                    site.weight.copy_(self.base[site.path])
+                    site.put(self.base[site.path])
                 yield
             finally:
                 for site, weight in zip(sites, kept, strict=True):
-                    site.weight.copy_(weight)
+                    site.module.weight = weight
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
@@ -363,7 +382,7 @@ class EditableModel:
         """
         found: list[str] = []
         for first in range(0, len(prompts), batch_size):
-            asked = [self.read_prompt(p, chat=chat) for p in prompts[first : first + batch_size]]
+            asked = [self.read(p, chat=chat) for p in prompts[first : first + batch_size]]
             found += self._generate(asked, max_new_tokens, stop_at_line=not chat)
         return found
 
@@ -383,64 +402,182 @@ class EditableModel:
             place = torch.multinomial(best.values.softmax(1).cpu(), 1, generator=drawn)
             return best.indices.cpu().gather(1, place).squeeze(1)
 
-        return self._generate(
-            [self.read_prompt(p, chat=chat) for p in prompts], tokens, stop_at_line=False, choose=draw
-        )
+        return self._generate([self.read(p, chat=chat) for p in prompts], tokens, stop_at_line=False, choose=draw)
 
     def read_prompt(self, prompt: str, *, chat: bool = False) -> list[int]:
         """The tokens of a prompt with what the patches put before it."""
+        return self.read(prompt, chat=chat).ids
+
+    def read(self, prompt: str | Sequence[Turn], *, chat: bool = False) -> Prompt:
+        """A prompt with what the patches put before it; of a conversation's turns, before the last.
+
+        Raises :class:`ConfigError` where a chat is asked for and the model has no template.
+        """
+        asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        by: list[Patch] = []
         for patch in self.patches:
             if patch.rewrites:
-                prompt = patch.rewrite(prompt, self)
+                asked, by = patch.rewrite(asked, self)
                 break  # one patch answers for all of its kind
-        return self.encode_prompt(prompt, chat=chat)
+        if isinstance(prompt, str):
+            ids = self.encode_prompt(asked, chat=chat)
+            return Prompt(ids, *self._own_part(ids), by)
+        ids, one, two = (
+            self.tokenizer.encode(self.tokenizer.chat([*prompt[:-1], {**prompt[-1], "content": text}]))
+            for text in (asked, "A", "7")
+        )
+        head, tail = _around(one, two)
+        inner = len(ids) - len(head) - len(tail)
+        begin = len(head) if inner > 0 and ids[: len(head)] == head else min(1, len(ids) - 1)
+        return Prompt(ids, begin, len(ids) - len(tail) if inner > 0 else len(ids), by)
 
     def _generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         budget: int,
         *,
         stop_at_line: bool,
         choose: Callable[[Tensor], Tensor] = _likeliest,
     ) -> list[str]:
-        longest, n = max(map(len, prompts)), len(prompts)
-        ids = torch.zeros(n, longest, dtype=torch.int64)
-        mask, asked = (torch.zeros(n, longest, dtype=torch.int64) for _ in range(2))
-        for i, p in enumerate(prompts):  # at the left, so that all go on in one column
-            (begin, until), skipped = self._own_part(p), longest - len(p)
-            ids[i, skipped:], mask[i, skipped:] = torch.tensor(p), 1
-            asked[i, skipped + begin : skipped + until] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        cache, said = new_cache(), torch.full((n, budget), -1, dtype=torch.int64)
-        going, step = torch.ones(n, dtype=torch.bool), ids
-        with self.prompts(asked.bool()), self.held_routes():
-            for place in range(budget):
-                where = (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
-                out = self.decoder(
-                    input_ids=step, attention_mask=mask, position_ids=where, past_key_values=cache, use_cache=True
-                )
-                token = choose(self.project(out.last_hidden_state[:, -1])).cpu()
-                said[:, place] = torch.where(going, token, -1)
-                going &= token != self.tokenizer.end
-                if stop_at_line:
-                    going &= torch.tensor(["\n" not in self.tokenizer.decode([t]) for t in token.tolist()])
-                if not going.any():
-                    break
-                step = token[:, None].to(self.device)
-                mask = F.pad(mask, (0, 1), value=1)
-        texts = [self.tokenizer.decode([t for t in row if t >= 0]) for row in said.tolist()]
+        said: list[list[int]] = [[] for _ in prompts]
+        going, batch = list(range(len(prompts))), Batch(self)
+        logits = batch.add(prompts)
+        while True:
+            tokens = choose(logits)
+            goes_on = []
+            for i, (row, token) in enumerate(zip(going, tokens.tolist(), strict=True)):
+                said[row].append(token)
+                if token != self.tokenizer.end and not (stop_at_line and "\n" in self.tokenizer.decode([token])):
+                    goes_on.append(i)
+            if not goes_on or len(said[going[goes_on[0]]]) == budget:
+                break
+            if len(goes_on) < len(going):
+                batch.keep(goes_on)
+                going = [going[i] for i in goes_on]
+            logits = batch.step(tokens[goes_on])
+        texts = [self.tokenizer.decode(row) for row in said]
         return [(t.partition("\n")[0] if stop_at_line and t.strip() else t).strip() for t in texts]
 
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model reads it: its tokens, of which those from ``begin`` to ``until`` are the user's own.
+
+    ``by`` are the patches that put something before it.
+    """
+
+    ids: list[int]
+    begin: int
+    until: int
+    by: list[Patch] = field(default_factory=list)
+
+
+class Batch:
+    """Texts that one model goes on with, a token each a step; some may join and some leave between two steps.
+
+    Each is read as if it were alone: its route is chosen once, from its prompt, and held to its end. The model's patches
+    must stay as they are meanwhile; :meth:`EditableModel.twin` has room for others.
+    """
+
+    def __init__(self, model: EditableModel) -> None:
+        self.model = model
+        self._cache: Any = None
+        self._start = torch.empty(0, dtype=torch.int64)  # the column of the cache that each text begins in
+        self._routes: dict[str, Tensor] = {}
+        self._by: list[list[Patch]] = []
+
+    def __len__(self) -> int:
+        return len(self._by)
+
+    @torch.no_grad()
+    def add(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Read ``prompts``, which become the last rows; logits ``[n, vocabulary]`` float32 of what follows each."""
+        longest, n = max(len(p.ids) for p in prompts), len(prompts)
+        ids, mask, asked = (torch.zeros(n, longest, dtype=torch.int64) for _ in range(3))
+        start = torch.tensor([longest - len(p.ids) for p in prompts])
+        for i, (p, first) in enumerate(
+            zip(prompts, start.tolist(), strict=True)
+        ):  # at the left: all go on in one column
+            ids[i, first:], mask[i, first:] = torch.tensor(p.ids), 1
+            asked[i, first + p.begin : first + p.until] = 1
+        cache = new_cache()
+        with self.model.prompts(asked.bool()), self._routed(None):
+            logits = self._pass(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+            routes = {name: hook.route for name, hook in self.model.side.items()}
+        if self._by:
+            before, width = self._width, max(self._width, longest)
+            cache = _gathered([(self._cache, range(len(self)), 0), (cache, range(n), 0)], width)
+            self._start = torch.cat([self._start + width - before, start + width - longest])
+            routes = {name: torch.cat([self._routes[name], route]) for name, route in routes.items()}
+        else:
+            self._start = start
+        self._cache, self._routes, self._by = cache, routes, [*self._by, *(p.by for p in prompts)]
+        return logits
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, vocabulary]`` float32 of what follows ``tokens`` ``[B]``, the next of each row."""
+        place = torch.arange(self._width + 1)[None]
+        mask, where = (place >= self._start[:, None]).long(), (self._width - self._start)[:, None]
+        with self.model.prompts(torch.zeros(len(self), 1, dtype=torch.bool)), self._routed(self._routes):
+            return self._pass(tokens[:, None], mask, where, self._cache)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let all but ``rows`` go; these are then the rows, in this order."""
+        self._by = [self._by[i] for i in rows]
+        if not rows:
+            self._cache = None
+            return
+        first = int(self._start[rows].min())
+        self._cache = _gathered([(self._cache, rows, first)], self._width - first)
+        self._start = self._start[rows] - first
+        self._routes = {name: route[rows] for name, route in self._routes.items()}
+
+    def fired(self, row: int) -> list[Patch]:
+        """The patches that answer for a row, as far as they choose their prompts: changed weights act on all."""
+        found = list(self._by[row])
+        for name, hook in self.model.side.items():
+            found += hook.answering(int(self._routes[name][row]))
+        return found
+
+    @property
+    def _width(self) -> int:
+        found: int = self._cache.get_seq_length()
+        return found
+
+    def _pass(self, ids: Tensor, mask: Tensor, where: Tensor, cache: Any) -> Tensor:
+        model, device = self.model, self.model.device
+        out = model.decoder(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=where.to(device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return model.project(out.last_hidden_state[:, -1])
+
     @contextmanager
-    def held_routes(self) -> Iterator[None]:
-        """Routes chosen in the first pass hold until the end of the block: one decision for a whole answer."""
-        for hook in self.side.values():
-            hook.hold(True)
+    def _routed(self, routes: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Hold ``routes`` in the block, or what is chosen in it."""
+        for name, hook in self.model.side.items():
+            hook.hold(True, None if routes is None else routes[name])
         try:
             yield
         finally:
-            for hook in self.side.values():
+            for hook in self.model.side.values():
                 hook.hold(False)
+
+
+def _gathered(parts: Sequence[tuple[Any, Sequence[int], int]], width: int) -> Any:
+    """One cache of some rows of others, ``width`` columns each: (cache, rows, first column to take), filled at the left."""
+    made = new_cache()
+    for i in range(len(parts[0][0].layers)):
+        both = []
+        for name in ("keys", "values"):
+            taken = [getattr(cache.layers[i], name)[list(rows), :, first:] for cache, rows, first in parts]
+            both.append(torch.cat([nn.functional.pad(t, (0, 0, width - t.shape[2], 0)) for t in taken]))
+        made.update(*both, i)
+    return made
 
 
 @dataclass
@@ -507,6 +644,24 @@ def _layers(model: nn.Module, name: str) -> tuple[str, Sequence[nn.Module]]:
         raise ConfigError(f"model '{name}': holds no list of layers; use a decoder-only language model")
     path, found = max(lists, key=lambda pair: len(pair[1]))
     return path, list(found)
+
+
+def _around(one: Sequence[int], two: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The tokens that two texts begin and end with alike."""
+    shared = [a == b for a, b in zip(one, two, strict=False)]
+    head = shared.index(False) if False in shared else 0
+    back = [a == b for a, b in zip(reversed(one), reversed(two), strict=False)]
+    tail = back.index(False) if False in back else 0
+    return list(one[:head]), list(one[len(one) - tail :])
+
+
+def _drop_hooks(module: nn.Module, owners: Sequence[Any]) -> None:
+    """Take from a module the hooks that are methods of ``owners``."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks, named = getattr(module, kind), getattr(module, f"{kind}_with_kwargs")
+        for key in [k for k, hook in hooks.items() if any(getattr(hook, "__self__", None) is o for o in owners)]:
+            del hooks[key]
+            named.pop(key, None)
 
 
 def _is_linear(module: nn.Module) -> bool:

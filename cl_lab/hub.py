@@ -379,8 +379,39 @@ def save_causal_lm(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def new_cache() -> Any:
-    """An empty cache of keys and values, for reading a text token by token."""
-    return _transformers().DynamicCache()
+    """An empty cache of keys and values, for reading a text token by token.
+
+    Transformers' own copies all it has for every token; this one keeps room behind it.
+    """
+    return _transformers().Cache(layer_class_to_replicate=_roomy_layer())
+
+
+@cache
+def _roomy_layer() -> Any:
+    class RoomyLayer(_transformers().cache_utils.DynamicLayer):  # type: ignore[misc]
+        """``keys`` and ``values`` are what is filled of buffers that grow by half."""
+
+        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+            super().lazy_initialization(key_states, value_states)
+            self._rooms = [key_states[:, :, :0], value_states[:, :, :0]]
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            begin = int(self.get_seq_length())
+            end = begin + key_states.shape[-2]
+            for place, new in enumerate((key_states, value_states)):
+                room = self._rooms[place]
+                if end > room.shape[-2]:
+                    wider = new.new_empty(*new.shape[:2], end + end // 2 + 8, new.shape[3])
+                    wider[:, :, :begin] = room[:, :, :begin]
+                    self._rooms[place] = room = wider
+                room[:, :, begin:end] = new
+            filled = [room[:, :, :end] for room in self._rooms]
+            self.keys, self.values = filled
+            return filled[0], filled[1]
+
+    return RoomyLayer
 
 
 def tiny_causal_lm(
@@ -454,6 +485,10 @@ def _refuse_missing(found: Mapping[str, Any]) -> None:
 # -- tokenizers ----------------------------------------------------------------------------------------------------
 
 
+Turn = Mapping[str, str]
+"""Of a conversation: who speaks (``role``: system, user, assistant) and what (``content``)."""
+
+
 class Tokenizer(Protocol):
     """Texts to tokens and back. No token is added that is not in the text, and there is no padding."""
 
@@ -482,8 +517,8 @@ class Tokenizer(Protocol):
     def can_chat(self) -> bool:
         """Whether there is a chat template."""
 
-    def chat(self, prompt: str) -> str:
-        """``prompt`` as a user's turn, followed by what opens the answer. :class:`ConfigError` without a chat template."""
+    def chat(self, said: str | Sequence[Turn]) -> str:
+        """A user's turn, or several turns, followed by what opens the answer. :class:`ConfigError` without a template."""
 
 
 @dataclass(frozen=True)
@@ -507,7 +542,7 @@ class ByteTokenizer:
         """The text; bytes that are no UTF-8 become replacement characters."""
         return bytes(t for t in tokens if 0 <= t < 256).decode("utf-8", "replace")
 
-    def chat(self, prompt: str) -> str:
+    def chat(self, said: str | Sequence[Turn]) -> str:
         """Raises :class:`ConfigError`: bytes know no turns."""
         raise _no_template("bytes")
 
@@ -553,12 +588,12 @@ class PretrainedTokenizer:
         """See :class:`Tokenizer`."""
         return bool(self.tokenizer.chat_template)
 
-    def chat(self, prompt: str) -> str:
+    def chat(self, said: str | Sequence[Turn]) -> str:
         """See :class:`Tokenizer`."""
         if not self.tokenizer.chat_template:
             raise _no_template(self.name)
         with _reading("chat template of", self.name, None):
-            turns = [{"role": "user", "content": prompt}]
+            turns = [{"role": "user", "content": said}] if isinstance(said, str) else [dict(turn) for turn in said]
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 

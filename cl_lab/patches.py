@@ -9,6 +9,7 @@ them to work (:class:`PromptPatch`) or the caller asked.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -66,9 +67,9 @@ class Patch:
     def _rebuild(self, model: EditableModel, *, added: bool = False) -> None:
         """Bring the model in line with its patches, as far as this kind goes; ``added``: only the last is new."""
 
-    def rewrite(self, prompt: str, model: EditableModel) -> str:
-        """The prompt to read in place of ``prompt``, as all of the model's patches of this kind want it."""
-        return prompt
+    def rewrite(self, prompt: str, model: EditableModel) -> tuple[str, list[Patch]]:
+        """The prompt to read in place of ``prompt``, as all of the model's patches of this kind want it, and who did."""
+        return prompt, []
 
     def fires(self, model: EditableModel) -> str:
         """What lets it act: a word for the list of edits."""
@@ -222,20 +223,19 @@ class WeightPatch(Patch):
                 )
 
     def _rebuild(self, model: EditableModel, *, added: bool = False) -> None:
-        model.memo.clear()
+        model.memo = {}  # not cleared: a twin may have it still
         for path in self.changes:
             site = model.site(path)
             base = model.base.setdefault(path, site.weight.clone())
             changes = [p.changes[path] for p in model.patches if isinstance(p, WeightPatch) and path in p.changes]
             whole = model.sums.pop(path, None)
             if whole is None or not added:
-                whole = base.float().clone()  # something was taken away: all of it again
+                whole = base.float()  # something was taken away: all of it again
             else:
                 changes = changes[-1:]
             for change in changes:
-                whole += change.value().to(whole.device)
-            with torch.no_grad():
-                site.weight.copy_(whole)
+                whole = whole + change.value().to(whole.device)
+            site.put(whole)
             if changes:
                 model.sums[path] = whole
 
@@ -273,6 +273,9 @@ class Routed:
     """
 
     def __init__(self, model: EditableModel, site: Site) -> None:
+        self._hang(model, site)
+
+    def _hang(self, model: EditableModel, site: Site) -> None:
         self.model, self.site = model, site
         self._route: Tensor | None = None
         self._holding = self._paused = False
@@ -281,6 +284,12 @@ class Routed:
             model.decoder.register_forward_pre_hook(self._look, with_kwargs=True),
             site.module.register_forward_hook(self._add),
         ]
+
+    def twin(self, model: EditableModel) -> Routed:
+        """The same on another model; what is laid on there stays there (:meth:`EditableModel.twin`)."""
+        made = copy.copy(self)
+        made._hang(model, model.site(self.site.path))
+        return made
 
     def remove(self) -> None:
         """Take the hook off."""
@@ -295,14 +304,18 @@ class Routed:
         """Add nothing until this is said again."""
         self._paused = on
 
-    def hold(self, on: bool) -> None:
-        """Keep the next choice until this is said again."""
-        self._holding, self._route = on, None
+    def hold(self, on: bool, route: Tensor | None = None) -> None:
+        """Keep ``route``, or else the next choice, until this is said again."""
+        self._holding, self._route = on, route
 
     @property
     def route(self) -> Tensor | None:
         """The last choice, ``[B]`` int64: which memory or key answers for each row; −1 for the model itself."""
         return self._route
+
+    def answering(self, which: int) -> Sequence[Patch]:
+        """The patches behind a choice; none behind −1."""
+        raise NotImplementedError
 
     def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
         """The choice ``[B]`` int64, from ``inputs`` ``[B, T, in]`` and which of them are prompt ``[B, T]`` bool."""
@@ -457,6 +470,10 @@ class SideMemory(Routed):
             self.thresholds = {0: min(self.thresholds.values())}
         self._sketches = None
 
+    def answering(self, which: int) -> Sequence[Patch]:
+        merged = self.changes.keys() != self._made.keys()
+        return [p for shard, (own, _) in self._made.items() if which >= 0 and (merged or shard == which) for p in own]
+
     def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
         shards = list(self.changes)
         if len(shards) <= CANDIDATES:
@@ -607,6 +624,7 @@ class Codebook(Routed):
         Keys of different answers share the way between them; one that a newer has the place of is out of reach.
         """
         self._route = None
+        self._of = [patch for patch in patches for _ in patch.keys]
         self.keys, self.values, radii, labels = (
             torch.cat([getattr(p, name) for p in patches]) for name in ("keys", "values", "radii", "labels")
         )
@@ -615,6 +633,9 @@ class Codebook(Routed):
         same_place = others & (apart <= 0.01 * torch.minimum(radii[:, None], radii))
         half = torch.where(others & ~same_place, apart / 2, torch.inf).amin(1)
         self.radii = torch.where(same_place.triu().any(1), -1, torch.minimum(radii, half))
+
+    def answering(self, which: int) -> Sequence[Patch]:
+        return [self._of[which]] if which >= 0 else []
 
     def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
         last = (asked * torch.arange(1, asked.shape[1] + 1, device=asked.device)).argmax(1)
@@ -660,15 +681,16 @@ class PromptPatch(Patch):
                 f"layers of width {width}; is it another model's?"
             )
 
-    def rewrite(self, prompt: str, model: EditableModel) -> str:
+    def rewrite(self, prompt: str, model: EditableModel) -> tuple[str, list[Patch]]:
         mine = [p for p in model.patches if isinstance(p, PromptPatch)]
         query = embed([prompt], model, self.layer, self.centre)[0]
         near = torch.cat([p.keys @ query for p in mine])
         least = torch.cat([torch.full((len(p.keys),), p.least) for p in mine])
         best = int(torch.where(near >= least, near, -torch.inf).argmax())
         if near[best] < least[best]:
-            return prompt
-        return [text for p in mine for text in p.texts][best] + "\n" + prompt
+            return prompt, []
+        text, patch = [(text, p) for p in mine for text in p.texts][best]
+        return text + "\n" + prompt, [patch]
 
     def tensors(self) -> dict[str, Tensor]:
         return {"keys": self.keys, "centre": self.centre}

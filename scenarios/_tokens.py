@@ -96,6 +96,6 @@ class WordTokenizer:
         text = " ".join(self.words[t - 1] for t in tokens if 0 < t < self.size)
         return _AFTER.sub("\n", _BEFORE.sub(r"\1", text))
 
-    def chat(self, prompt: str) -> str:
+    def chat(self, said: object) -> str:
         """Raises :class:`ConfigError`: words know no turns."""
         raise ConfigError("tokenizer 'words': has no chat template; leave chat off")

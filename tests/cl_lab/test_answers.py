@@ -238,8 +238,8 @@ class Spoken:
     def decode(self, tokens: Sequence[int]) -> str:
         return " ".join(f"w{t}" for t in tokens if t != toys.END)
 
-    def chat(self, prompt: str) -> str:
-        return prompt
+    def chat(self, said: object) -> str:
+        return str(said)
 
 
 def compared(*measures: Measure) -> Stream:

@@ -104,8 +104,8 @@ class Chatty:
     end, size, key, can_chat = 256, 257, "chatty", True
     encode, decode, encode_all = BYTES.encode, BYTES.decode, BYTES.encode_all
 
-    def chat(self, prompt: str) -> str:
-        return f"<user>{prompt}</user><bot>"
+    def chat(self, said: object) -> str:
+        return f"<user>{said}</user><bot>"
 
 
 def test_of_a_chat_only_what_was_said_counts() -> None:
@@ -290,8 +290,15 @@ def scripted(model: EditableModel, *scripts: str | list[int]) -> list[int]:
     lines = [list(s.encode()) if isinstance(s, str) else s for s in scripts]
     passes: list[int] = []
 
+    going = list(range(len(lines)))
+
+    def token_of(line: list[int], place: int) -> int:
+        return line[min(place, len(line) - 1)]
+
     def say(_: nn.Module, args: Any, out: Tensor) -> Tensor:
-        tokens = [line[min(len(passes), len(line) - 1)] for line in lines]
+        if passes and len(out) < passes[-1]:  # rows that came to their end have left
+            going[:] = [i for i in going if token_of(lines[i], len(passes) - 1) not in (10, 256)]
+        tokens = [token_of(lines[i], len(passes)) for i in going]
         passes.append(len(out))
         return nn.functional.one_hot(torch.tensor(tokens), out.shape[-1]).float()
 

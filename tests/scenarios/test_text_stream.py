@@ -54,8 +54,8 @@ class Words:
     def decode(self, tokens: Sequence[int]) -> str:
         return "".join(self.known.get(t, "") for t in tokens)
 
-    def chat(self, prompt: str) -> str:
-        return f"[user] {prompt}\n[model]\n"
+    def chat(self, said: object) -> str:
+        return f"[user] {said}\n[model]\n"
 
 
 class Marked(Words):
