@@ -570,6 +570,37 @@ def edit_ask(
     typer.echo(said)
 
 
+@app.command()
+def serve(
+    folder: Folder,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; one that others reach needs --tokens.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    tokens: Annotated[
+        Path | None, typer.Option(help="File of bearer tokens, one a line: 'read TOKEN' or 'edit TOKEN'.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Cores that answer; default: all but one, which edits.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Answers in progress at once.")] = 16,
+    queue: Annotated[int, typer.Option(min=1, help="Questions that may wait; more are refused (429).")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 1024,
+    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request, at most.")] = 1 << 20,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for an answer, at most.")] = 120.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what is asked into the log.")] = False,
+) -> None:
+    """Serve a deployment over HTTP, as OpenAI's API, with live edits under /v1/edits and a page at /."""
+    from cl_lab.environment import threads_for
+    from cl_lab.generation import Engine
+    from cl_lab.server import Limits
+    from cl_lab.server import serve as run
+
+    engine = Engine(rows=rows, queue=queue, threads=threads or max(1, threads_for(1, None) - 1))
+    limits = Limits(body=max_body, max_tokens=max_tokens, seconds=timeout, log_prompts=log_prompts)
+    run(folder, host=host, port=port, tokens=tokens, limits=limits, engine=engine, told=typer.echo)
+
+
 @edit.command("verify")
 def edit_verify(folder: Folder, chat: AsChat = False, as_json: Json = False) -> None:
     """Ask every fact in force again, and say which edits still hold. Exits with 1 where one does not."""

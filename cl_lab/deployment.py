@@ -185,6 +185,12 @@ class Deployment:
     def load(self, as_of: int | None = None) -> EditableModel:
         """The model with the edits in force. Raises :class:`DataError` where it is not the base model of old."""
         wanted = self.active(as_of)
+        model = self.base()
+        self.bring(model, [], wanted)
+        return model
+
+    def base(self) -> EditableModel:
+        """The model without edits. Raises likewise."""
         model = load_editable(self.document["model"])
         found = weights_digest(model)
         if found != self.document["sha256"]:
@@ -192,9 +198,22 @@ class Deployment:
                 f"model '{self.document['model']}': its weights have the digest {found[:12]}…, {_DOCUMENT} says "
                 f"{self.document['sha256'][:12]}…: the base model was changed underneath; bring the old one back"
             )
-        for identifier in wanted:
-            self.patch(identifier).apply(model)
         return model
+
+    def bring(self, model: EditableModel, there: Sequence[str], wanted: Sequence[str]) -> None:
+        """Take a model that has the edits ``there`` on it, and no others, to the edits ``wanted``, in this order.
+
+        Raises as :meth:`patch`; the model is then of no use.
+        """
+        for identifier, patch in zip(there, list(model.patches), strict=True):
+            if identifier not in wanted:
+                patch.revert(model)
+        left = [identifier for identifier in there if identifier in wanted]
+        while left != list(wanted[: len(left)]):  # one was undone and done again: it lies further up now
+            left.pop()
+            model.patches[-1].revert(model)
+        for identifier in wanted[len(left) :]:
+            self.patch(identifier).apply(model)
 
     def guards(self) -> list[str]:
         """Questions whose answers must stay: the operator's own ``guards.jsonl`` and some that ship with the laboratory."""
