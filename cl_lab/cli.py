@@ -559,15 +559,20 @@ def edit_ask(
     chat: AsChat = False,
     as_json: Json = False,
 ) -> None:
-    """Ask the model as it is deployed, or as it was."""
-    from cl_lab.deployment import Deployment
+    """Ask the model as it is deployed, or as it was, and say which edit chose to answer."""
+    from cl_lab.deployment import Deployment, named
 
     deployment = Deployment(folder)
-    (said,) = deployment.load(as_of).answer([prompt], max_new_tokens=tokens, chat=chat)
+    model = deployment.load(as_of)
+    (said,) = model.answer([prompt], max_new_tokens=tokens, chat=chat)
+    fired = named(model.fired(prompt, chat=chat), model, deployment.active(as_of))
     if as_json:
-        _print_json({"prompt": prompt, "answer": said, "as_of": len(deployment.events) if as_of is None else as_of})
+        where = len(deployment.events) if as_of is None else as_of
+        _print_json({"prompt": prompt, "answer": said, "fired": fired, "as_of": where})
         return
     typer.echo(said)
+    if fired:
+        typer.echo(f"(edit {', '.join(fired)} answered)", err=True)
 
 
 @app.command()
@@ -679,12 +684,15 @@ def edit_diff(folder: Folder, identifier: Identifier, chat: AsChat = False, as_j
 def edit_export(
     folder: Folder,
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Only the edits, as a PEFT adapter, where all are of low rank.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the model as it is deployed: a plain Transformers folder where edits fold into weights."""
     from cl_lab.deployment import Deployment
 
-    made = Deployment(folder).export(out)
+    made = Deployment(folder).export(out, adapter=adapter)
     if as_json:
         _print_json(made | {"path": str(out)})
         return

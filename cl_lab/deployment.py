@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cl_lab import edit_scores, hub, registry
 from cl_lab.editable import EditableModel
@@ -28,8 +28,11 @@ from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, EditError
 from cl_lab.facts import Edit, conflicts
 from cl_lab.files import sync_folder, write_atomically
-from cl_lab.patches import Patch, WeightPatch, load_patch
+from cl_lab.patches import Delta, Patch, WeightPatch, load_patch
 from cl_lab.probe_texts import QUESTIONS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 GATES: dict[str, float] = {"paraphrases": 0.5, "guards": 1.0, "perplexity": 1.05}
@@ -323,19 +326,21 @@ class Deployment:
         self._refuse_conflicts(self.edits(identifier), [edit for other in active for edit in self.edits(other)])
         self._append("redo", identifier, event.digest, event.facts, False)
 
-    def export(self, out: Path) -> dict[str, Any]:
+    def export(self, out: Path, *, adapter: bool = False) -> dict[str, Any]:
         """Write the model as it is deployed into ``out``; returns ``plain`` (bool) and how to load it, ``load``.
 
         Where every edit in force is a change of weights, a plain folder of Transformers'. Else the base model's, with the
-        patches beside it: :func:`load_exported` reads both. Raises :class:`ConfigError` where ``out`` is taken, and
+        patches beside it: :func:`load_exported` reads both. With ``adapter`` the edits alone, as PEFT's LoRA of the base
+        model. Raises :class:`ConfigError` where ``out`` is taken or an edit is not of low rank, as an adapter wants, and
         :class:`DataError` where it cannot be written.
         """
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"'{out}': is there already and not empty; choose another folder")
         patches = [self.patch(identifier) for identifier in self.active()]
+        if adapter:
+            return self._export_adapter(out, patches)
         plain = all(isinstance(patch, WeightPatch) for patch in patches)
         model = self.load(None if plain else 0)
-        scratch = out.with_name(f".{out.name}")
         document = {
             "format": FORMAT,
             "model": self.document["model"],
@@ -343,23 +348,33 @@ class Deployment:
             "tokenizer": "bytes" if isinstance(model.tokenizer, hub.ByteTokenizer) else None,
             "patches": [] if plain else [patch.editor for patch in patches],
         }
-        try:
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
+        with _appearing(out) as scratch:
             hub.save_causal_lm(model.model, model.tokenizer, scratch)
             for n, patch in enumerate([] if plain else patches):
                 patch.save(scratch / _EDITS / f"{n:06d}")
             write_atomically(scratch / _EXPORT, json.dumps(document, indent=1) + "\n")
-            if out.exists():
-                out.rmdir()
-            scratch.rename(out)
-        except OSError as error:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise DataError(
-                f"'{out}' cannot be written ({error.strerror}); make room or choose another place"
-            ) from error
         how = f"AutoModelForCausalLM.from_pretrained('{out}')" if plain else f"cl_lab.load('{out}')"
         return {"plain": plain, "load": how, "edits": len(patches)}
+
+    def _export_adapter(self, out: Path, patches: Sequence[Patch]) -> dict[str, Any]:
+        from safetensors.torch import save
+
+        if not patches:
+            raise ConfigError(f"'{self.folder}': has no edits in force, which an adapter could hold")
+        model = self.base()
+        for identifier, patch in zip(self.active(), patches, strict=True):
+            if not isinstance(patch, WeightPatch) or any(c.dense is not None for c in patch.changes.values()):
+                raise ConfigError(
+                    f"edit {identifier} of '{self.folder}': is no change of low rank, as an adapter has; leave out --adapter"
+                )
+        content, tensors = peft_adapter(
+            model, [p for p in patches if isinstance(p, WeightPatch)], self.document["model"]
+        )
+        with _appearing(out) as scratch:
+            write_atomically(scratch / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
+            write_atomically(scratch / "adapter_config.json", json.dumps(content, indent=1) + "\n")
+        how = f"PeftModel.from_pretrained(model, '{out}')"
+        return {"plain": False, "load": how, "edits": len(patches)}
 
     def check(self) -> list[str]:
         """What is wrong with the folder, one line each; empty where patches, facts and base model are as written."""
@@ -413,6 +428,64 @@ class Deployment:
             ) from error
         self._whole += len(data)
         self.events.append(event)
+
+
+def named(patches: Sequence[Patch], model: EditableModel, ids: Sequence[str]) -> list[str]:
+    """The ids of the edits whose patches these are, of those ``ids`` that lie on ``model``, oldest first."""
+    known = {id(patch): identifier for patch, identifier in zip(model.patches, ids, strict=True)}
+    return list(dict.fromkeys(known[id(patch)] for patch in patches))
+
+
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``out`` when all is written. Raises :class:`DataError` where it cannot be."""
+    scratch = out.with_name(f".{out.name}")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        yield scratch
+        if out.exists():
+            out.rmdir()
+        scratch.rename(out)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise DataError(f"'{out}' cannot be written ({error.strerror}); make room or choose another place") from error
+
+
+def peft_adapter(
+    model: EditableModel, patches: Sequence[WeightPatch], base: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The sum of low-rank changes as the configuration and the tensors of a LoRA in PEFT's layout.
+
+    Changes of one weight stand side by side: ``[b₁ b₂] [a₁; a₂] = b₁a₁ + b₂a₂``, of rank ``r₁ + r₂``; ``alpha`` is the rank,
+    so that nothing is scaled.
+    """
+    import torch
+
+    parts: dict[str, list[Delta]] = {}
+    for patch in patches:
+        for path, change in patch.changes.items():
+            parts.setdefault(path, []).append(change)
+    tensors = {}
+    for path, changes in parts.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = torch.cat([c.a for c in changes if c.a is not None])
+        tensors[f"base_model.model.{path}.lora_B.weight"] = torch.cat([c.b for c in changes if c.b is not None], 1)
+    ranks = {path: len(tensors[f"base_model.model.{path}.lora_A.weight"]) for path in parts}
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "target_modules": sorted(ranks),
+        "r": 8,
+        "lora_alpha": 8,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(model.site(path).transposed for path in ranks),
+        "inference_mode": True,
+    }
+    return content, tensors
 
 
 def load_exported(folder: Path) -> EditableModel:

@@ -93,14 +93,16 @@ class EditWorker:
         raise RuntimeError(answer)
 
     def close(self, seconds: float = 30.0) -> None:
-        """Let it finish what it does, and end it."""
-        with contextlib.suppress(OSError, ValueError):
-            self._pipe.close()
-        if self._process is not None:
-            self._process.join(seconds)
-            if self._process.is_alive():
-                self._process.kill()
+        """Let it finish what it does, for so long at most, and end it."""
+        done = self._turn.acquire(timeout=seconds)
+        try:
+            if self._process is not None:
+                self._process.kill()  # what it may have in hand nobody asked for
                 self._process.join()
+                self._pipe.close()
+        finally:
+            if done:
+                self._turn.release()
 
 
 class _Desk:

@@ -386,6 +386,12 @@ class EditableModel:
             found += self._generate(asked, max_new_tokens, stop_at_line=not chat)
         return found
 
+    def fired(self, prompt: str, *, chat: bool = False) -> list[Patch]:
+        """The patches that choose to answer a prompt; changed weights act on all and are not among them."""
+        batch = Batch(self)
+        batch.add([self.read(prompt, chat=chat)])
+        return batch.fired(0)
+
     @torch.no_grad()
     def write(
         self, prompts: Sequence[str], *, tokens: int, top_k: int = 5, seed: int = 0, chat: bool = False

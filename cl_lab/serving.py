@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cl_lab.deployment import Deployment
+from cl_lab.deployment import Deployment, named
 from cl_lab.edit_worker import EditWorker
 from cl_lab.editable import EditableModel
 from cl_lab.errors import UserError
@@ -35,8 +35,7 @@ class State:
 
     def named(self, patches: Sequence[Patch]) -> list[str]:
         """The ids of edits whose patches these are."""
-        known = {id(patch): identifier for patch, identifier in zip(self.model.patches, self.ids, strict=True)}
-        return list(dict.fromkeys(known[id(patch)] for patch in patches))
+        return named(patches, self.model, self.ids)
 
 
 class Service:

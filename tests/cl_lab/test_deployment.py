@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import multiprocessing
 import os
@@ -22,13 +23,16 @@ from typer.testing import CliRunner
 import cl_lab
 from cl_lab import deployment as module
 from cl_lab.cli import app
+from cl_lab.compat import import_torchvision
 from cl_lab.deployment import Deployment
 from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, EditError
 from cl_lab.facts import Edit
+from cl_lab.hub import load_tokenizer
 from cl_lab.patches import Delta, Patch, SidePatch, WeightPatch, packed
 
+BYTES = load_tokenizer("bytes")
 EDITOR = {"name": "ft-m", "lr": 0.02, "steps": 60, "contexts": 0}
 LOOSE = {"paraphrases": 0.0, "guards": 0.0, "perplexity": 1000.0}
 FACTS = [
@@ -355,8 +359,67 @@ def test_an_export_says_what_the_deployment_says(folder: Path, tmp_path: Path) -
         assert cl_lab.load(place).answer(prompts, max_new_tokens=8) == target.answer(prompts, max_new_tokens=8)
     with pytest.raises(ConfigError, match="is there already and not empty"):
         made.export(tmp_path / "side")
+    with pytest.raises(ConfigError, match=r"edit 1 of .* is no change of low rank"):
+        made.export(tmp_path / "adapter", adapter=True)
+    assert not (tmp_path / "adapter").exists()
     with pytest.raises(ConfigError, match="is neither a deployment nor an export"):
         cl_lab.load(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("layout", ["tiny", "gpt2"])
+def test_edits_of_low_rank_are_an_adapter_of_pefts(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_torchvision()  # in the way that does not fail where its operators are missing; both reach for it
+    peft, transformers = importlib.import_module("peft"), importlib.import_module("transformers")
+    shape = {"vocab_size": 257, "n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 64}
+    of_gpt2 = transformers.GPT2Config(**shape, bos_token_id=None, eos_token_id=None)
+
+    def bare() -> Any:
+        if layout == "tiny":
+            return load_editable("tiny").model
+        torch.manual_seed(0)
+        return transformers.GPT2LMHeadModel(of_gpt2)
+
+    monkeypatch.setattr(module, "load_editable", lambda name: EditableModel(bare(), BYTES, name))
+    made = Deployment.create(tmp_path / "service", "tiny", EDITOR, LOOSE)
+    with pytest.raises(ConfigError, match="has no edits in force"):
+        made.export(tmp_path / "adapter", adapter=True)
+    target = made.load()
+    with made.changing():
+        for n, (layer, rank) in enumerate([(1, 2), (1, 3), (2, 1)]):
+            site = target.down_projection(layer)
+            drawn = torch.Generator().manual_seed(n)
+            out, into = site.weight.shape
+            delta = Delta(a=torch.randn(rank, into, generator=drawn), b=0.1 * torch.randn(out, rank, generator=drawn))
+            made.apply(target, WeightPatch("lora", {}, {site.path: delta}), [FACTS[n]])
+    found = made.export(tmp_path / "adapter", adapter=True)
+    assert found["load"].startswith("PeftModel.from_pretrained(model, '")
+    loaded = peft.PeftModel.from_pretrained(bare(), tmp_path / "adapter").eval()
+    ids = torch.tensor([list(b"The capital of Peru is")])
+    with torch.no_grad():
+        said, base = loaded(input_ids=ids).logits, bare().eval()(input_ids=ids).logits
+        torch.testing.assert_close(said, target.model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(said, base, atol=1e-2)
+
+
+def test_it_is_told_which_edit_answered(folder: Path, tmp_path: Path) -> None:
+    made = Deployment(folder)
+    target = made.load()
+    site = target.down_projection(2)
+    places = torch.ones(site.weight.numel(), dtype=torch.bool)
+    values = 0.3 * torch.randn(site.weight.numel(), generator=torch.Generator().manual_seed(1))
+    patch = SidePatch("wise", path=site.path, places=packed(places), values=values.bfloat16(), gap=1e-6, floor=1e-6)
+    with made.changing():
+        made.undo("2")
+        made.apply(target, patch, [FACTS[1]])
+    result = CliRunner().invoke(app, ["edit", "ask", str(folder), "Zebras have", "--json"])
+    assert json.loads(result.stdout)["fired"] == ["4"]
+    result = CliRunner().invoke(app, ["edit", "ask", str(folder), "Zebras have", "--json", "--as-of", "3"])
+    assert json.loads(result.stdout)["fired"] == []
+    result = CliRunner().invoke(app, ["edit", "ask", str(folder), "Zebras have"])
+    assert "(edit 4 answered)" in result.stderr
 
 
 # -- commands ------------------------------------------------------------------------------------------------------

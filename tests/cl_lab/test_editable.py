@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cl_lab import hub
 from cl_lab.compat import import_torchvision
-from cl_lab.editable import EditableModel, Rows, Site, check_plain_residual
+from cl_lab.editable import Batch, EditableModel, Rows, Site, check_plain_residual
 from cl_lab.errors import ConfigError
 
 import_torchvision()  # in the way that does not fail where its operators are missing; Transformers reaches for it
@@ -283,6 +283,48 @@ def test_an_answer_is_what_a_plain_loop_says(name: str) -> None:
     assert len(set(found)) > 2, "the prompts matter"
     assert model.answer(prompts, max_new_tokens=10, batch_size=5) == found, "asking twice, in other batches"
     assert hooks(model) == 0
+
+
+@family
+def test_texts_that_join_and_leave_are_read_as_if_alone(name: str) -> None:
+    model = editable(name)
+    prompts = ["The capital of Peru is", "Q", "Who wrote it, and when was that?", "Two", "Some more words"]
+    alone = {p: naive(model, p, 12) for p in prompts}
+    batch, there = Batch(model), list[str]()
+    said: dict[str, list[int]] = {p: [] for p in prompts}
+    joins = {0: prompts[:2], 2: prompts[2:4], 5: prompts[4:]}
+    for turn in range(17):
+        tokens = []
+        if there:
+            tokens = batch.step(torch.tensor([said[p][-1] for p in there])).argmax(1).tolist()
+        for p, token in zip(there, tokens, strict=True):
+            said[p].append(token)
+        if turn in joins:
+            new = joins[turn]
+            for p, token in zip(new, batch.add([model.read(p) for p in new]).argmax(1).tolist(), strict=True):
+                said[p].append(token)
+            there += new
+        kept = [i for i, p in enumerate(there) if len(said[p]) < 12 and said[p][-1] != 256]
+        batch.keep(kept)
+        there = [there[i] for i in kept]
+        assert len(batch) == len(there)
+    assert not there
+    assert {p: BYTES.decode(said[p]).partition("\n")[0].strip() for p in prompts} == alone
+
+
+def test_a_conversation_is_asked_in_its_last_turn() -> None:
+    class Talking(Chatty):
+        def chat(self, said: Any) -> str:
+            turns = [{"role": "user", "content": said}] if isinstance(said, str) else said
+            return "".join(f"<{t['role']}>{t['content']}</>" for t in turns) + "<bot>"
+
+    model = EditableModel(editable().model, Talking())
+    talk = [("user", "Hello"), ("assistant", "Hi."), ("user", "Who won?")]
+    read = model.read([{"role": r, "content": c} for r, c in talk])
+    assert BYTES.decode(read.ids) == "<user>Hello</><assistant>Hi.</><user>Who won?</><bot>"
+    assert BYTES.decode(read.ids[read.begin : read.until]) == "Who won?"
+    one = model.read("Who won?", chat=True)
+    assert BYTES.decode(one.ids[one.begin : one.until]) == "Who won?"
 
 
 def scripted(model: EditableModel, *scripts: str | list[int]) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from cl_lab import hub
 from cl_lab import patches as module
 from cl_lab.compat import import_torchvision
-from cl_lab.editable import EditableModel, Rows
+from cl_lab.editable import Batch, EditableModel, Rows
 from cl_lab.errors import DataError
 from cl_lab.patches import (
     Codebook,
@@ -755,3 +755,66 @@ def test_embeddings_are_means_over_the_tokens_behind_the_first() -> None:
     centre = random(32)
     found = embed(["Two"], model, 1, centre)[0]
     assert torch.allclose(found, (expected - centre) / (expected - centre).norm(), atol=1e-5)
+
+
+# -- twins and who answers -------------------------------------------------------------------------------------------
+
+
+@every
+def test_twins_do_not_reach_each_other(kind: str) -> None:
+    model = editable()
+    MADE[kind](model).apply(model)
+    before, first = state(model), model.answer(PROMPTS, max_new_tokens=6)
+    twin = model.twin()
+    assert {p.data_ptr() for p in twin.model.parameters()} == {p.data_ptr() for p in model.model.parameters()}
+    assert twin.answer(PROMPTS, max_new_tokens=6) == first
+    more = [dense(twin, 0, seed=4), dense(twin, 1, seed=5), side(twin, shard=3, seed=6), key(twin, PROMPTS[4], seed=7)]
+    for patch in more:
+        patch.apply(twin)
+    changed = twin.answer(PROMPTS, max_new_tokens=6)
+    assert changed != first
+    assert model.answer(PROMPTS, max_new_tokens=6) == first
+    assert bits_equal(state(model), before)
+    model.patches[0].revert(model)
+    assert twin.answer(PROMPTS, max_new_tokens=6) == changed
+    again = editable()
+    for patch in [MADE[kind](again), *more]:
+        patch.apply(again)
+    assert bits_equal(state(twin), state(again)), "as one that was never a twin"
+    with twin.unpatched():
+        assert bits_equal(state(twin), state(editable()))
+    assert twin.answer(PROMPTS, max_new_tokens=6) == changed
+
+
+def bits_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_it_is_told_which_patch_answers() -> None:
+    model = editable()
+    weights, books = dense(model, 0), key(model, PROMPTS[0], PROMPTS[1], layer=2)
+    memories = [side(model, 1e6, shard=0, layer=1), side(model, 1e-6, shard=1, layer=1)]
+    for patch in [weights, books, *memories]:
+        patch.apply(model)
+    books.revert(model)
+    fresh = key(model, PROMPTS[0], PROMPTS[1], layer=2)
+    fresh.apply(model)
+    note = prompt(model, **{PROMPTS[2]: "Q is no letter."})
+    note.apply(model)
+    batch = Batch(model)
+    batch.add([model.read(p) for p in PROMPTS[:4]])
+    assert [batch.fired(i) for i in range(4)] == [
+        [memories[1], fresh],
+        [memories[1], fresh],
+        [note, memories[1]],
+        [memories[1]],
+    ]
+    batch.keep([3, 1])
+    batch.add([model.read(PROMPTS[0])])
+    assert [batch.fired(i) for i in range(3)] == [[memories[1]], [memories[1], fresh], [memories[1], fresh]]
+    merged = side(model, 1e-6, shard=2, layer=1)
+    merged.merge = True
+    merged.apply(model)
+    batch = Batch(model)
+    batch.add([model.read(PROMPTS[3])])
+    assert batch.fired(0) == [*memories, merged], "all of them are in what answers"
