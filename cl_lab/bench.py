@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from cl_lab import registry, seeding
+from cl_lab import bench_serving, registry, seeding
 from cl_lab.chain import Chain
 from cl_lab.compat import use_freed_memory_again
 from cl_lab.config import RunConfig, parse
@@ -172,13 +172,15 @@ def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]
 
     Times are medians over ``repeats``. Raises :class:`ConfigError` for an unknown name or a thread count below 1.
     """
-    known = [*WORKLOADS, "edits", "fisher", "precision", "prefix", "remind", "startup"]
+    known = [*WORKLOADS, "edits", "fisher", "precision", "prefix", "remind", "serving", "startup"]
     if name not in known:
         raise ConfigError(f"bench: unknown benchmark '{name}'{nearest(name, known)}")
     if any(n < 1 for n in threads):
         raise ConfigError(f"bench: threads = {min(threads)}: must be 1 or more")
     if name == "startup":
         return [_startup(words, repeats) for words in COMMANDS]
+    if name == "serving":
+        return [bench_serving.run(n) for n in threads]
     before = torch.get_num_threads()
     use_freed_memory_again()
     rows = []

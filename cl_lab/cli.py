@@ -307,7 +307,7 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="loop, online, resnet, edits, fisher, precision, prefix, remind or startup.")
+        str, typer.Argument(help="loop, online, resnet, edits, fisher, precision, prefix, remind, serving or startup.")
     ],
     threads: Annotated[list[int] | None, typer.Option(help="Thread counts to measure; default 1 and 2.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions; the median is reported.")] = 3,

@@ -779,6 +779,7 @@ def serve(
     with listener:
         service = Service(folder, engine)
         app = application(service, tokens=known, limits=limits, local=local and known is None)
+        listener.listen(2048)  # from the line below on nobody is turned away
         shown = f"[{host.strip('[]')}]" if ":" in host else host
         told(
             f"{service.deployment.document['model']} with {len(service.state.ids)} edits: "

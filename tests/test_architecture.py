@@ -52,6 +52,7 @@ LAYERS = [
     {"cl_lab.edit_worker"},
     {"cl_lab.serving"},
     {"cl_lab.server"},
+    {"cl_lab.bench_serving"},
     {"cl_lab.comparison", "cl_lab.rank", "cl_lab.bench", "cl_lab.diagnosis"},
     {"cl_lab.cli"},
     {"cl_lab.__main__"},

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cl_lab import bench, registry
+from cl_lab import bench, bench_serving, registry
 from cl_lab.errors import ConfigError, DataError
 from strategies.wise import Wise
 
@@ -141,6 +141,20 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["loss_bf16"] == pytest.approx(row["loss_fp32"], rel=0.02)
     assert row["loss_bf16"] != row["loss_fp32"], "the setting did something"
     assert row["speedup"] == pytest.approx(row["fp32_step_s"] / row["bf16_step_s"])
+
+
+@pytest.mark.slow
+def test_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = {"name": "ft-m", "lr": 0.02, "steps": 60, "contexts": 0}
+    small = {"model": "tiny", "editor": editor, "clients": 3, "tokens": 8, "edits": 3, "seconds": 1.0}
+    monkeypatch.setattr(bench_serving, "SERVING", small)
+    (row,) = bench.run("serving", [1], 1)
+    assert (row["failed"], row["mixed"], row["edits"], row["clients"]) == (0, 0, 3, 3)
+    assert row["answers"] > 20
+    assert row["ratio of p95"] == pytest.approx(row["p95 with"] / row["p95 without"])
+    assert 0 < row["first token p95 with"] <= row["p95 with"]
+    assert row["p50 without"] <= row["p95 without"]
+    assert min(row["tokens/s without"], row["tokens/s with"], row["GiB before"]) > 0
 
 
 def test_edits(monkeypatch: pytest.MonkeyPatch) -> None:

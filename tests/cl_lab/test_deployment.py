@@ -220,7 +220,7 @@ def _change_for_ever(folder: Path, ready: Any) -> None:
 def test_after_a_kill_at_any_moment_the_folder_is_whole(folder: Path) -> None:
     context = multiprocessing.get_context("fork")
     drawn, sizes = random.Random(0), []
-    for _ in range(40):
+    for _ in range(200):
         ready = context.Event()
         process = context.Process(target=_change_for_ever, args=(folder, ready))
         process.start()
