@@ -47,7 +47,7 @@ LAYERS = [
     },
     {"cl_lab.learner", "cl_lab.tracking", "cl_lab.reporting", "cl_lab.doctor"},
     {"cl_lab.editing", "cl_lab.trainer"},
-    {"cl_lab.deployment", "cl_lab.experiment"},
+    {"cl_lab.deployment", "cl_lab.experiment", "cl_lab.known_facts"},
     {"cl_lab.comparison", "cl_lab.rank", "cl_lab.bench", "cl_lab.diagnosis"},
     {"cl_lab.cli"},
     {"cl_lab.__main__"},
