@@ -399,7 +399,9 @@ def edit_known_facts(
     model: Annotated[str, typer.Option(help="Fetched model, local folder, GGUF file or hub id.")] = "smollm2-135m",
     facts: Annotated[
         Path | None,
-        typer.Option(help="Facts to ask: relations with templates, PARAREL's folder, or edits; default our own 513."),
+        typer.Option(
+            help="Facts to ask: relations with templates, PARAREL's folder, or edits; default some five hundred of our own."
+        ),
     ] = None,
     relations: Annotated[list[str] | None, typer.Option(help="Ask this relation; may be given again.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Write so many edits at most.")] = None,

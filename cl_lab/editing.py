@@ -94,8 +94,9 @@ def score_facts(
         log.warning("facts: %s", conflict.why)
     if doubted := suspects(edits):
         log.warning(
-            "facts: %d pairs may contradict each other in other words, first: %s %s",
+            "facts: %d %s may contradict each other in other words, first: %s %s",
             len(doubted),
+            "pair" if len(doubted) == 1 else "pairs",
             doubted[0].edit.source,
             doubted[0].why,
         )

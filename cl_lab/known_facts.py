@@ -41,8 +41,8 @@ SURE, LIFT, UNLIKELY = 0.2, 3.0, 1e-2
 subjects; that of a counterfactual one has less than the last."""
 
 SHARE, HELD_BACK, BESIDE = 0.3, 0.2, 2
-"""Share of a relation's edits that may get one answer, share of its known facts that are not edited, and how many of these
-are asked beside each edit."""
+"""Share of a relation's edits that may get one answer; share of its known facts that are not edited, one at least where
+there are two; and how many of these are asked beside each edit."""
 
 _CHUNK = 128  # prompts whose probabilities of all tokens are in memory at once
 
@@ -200,7 +200,7 @@ def recall(model: EditableModel, facts: Sequence[Fact], *, chat: bool = False) -
         table = answers.likely[i]
         own = torch.where(right, table, -1).max(1)
         counts["chosen"] += int((own.values >= table.max(1).values).sum()) >= _needed(fact)
-        sure = (own.values >= SURE) & (own.values >= LIFT * answers.elsewhere(own.indices))
+        sure = (own.values >= SURE) & (own.values >= LIFT * answers.elsewhere[range(len(table)), own.indices])
         if sure.any():
             counts["sure"] += 1
             doubted[i] = own.values.masked_fill(~sure, -1).argsort(descending=True)[: int(sure.sum())].tolist()
@@ -239,50 +239,36 @@ def _begins(text: str, objects: Sequence[str]) -> str | None:
 
 
 class _Answers:
-    """How likely a model holds the first tokens of a relation's answers for each fact and wording.
+    """How likely a model holds the first tokens of a relation's answers, for each fact and wording.
 
-    ``objects`` are all answers, each once; ``likely`` has for each fact a float32 ``[wordings, objects]``; ``longest`` is
-    the most tokens that one has. A blank that is a token by itself (bytes) is read with the prompt.
+    ``objects`` are all answers, each once, ``longest`` the most tokens that one has. ``likely`` has for each fact a float32
+    ``[wordings, objects]``; ``elsewhere`` ``[wordings, objects]`` is the mean of these over the facts whose answers begin
+    otherwise, 0 where there are none. A blank that is a token by itself (bytes) is read with the prompt.
     """
 
     def __init__(self, model: EditableModel, facts: Sequence[Fact]) -> None:
         self.objects = list(dict.fromkeys(o for fact in facts for o in fact.objects))
-        self._facts = facts
         encoded = [model.encode_answer(o, end=False) for o in self.objects]
         self.longest = max(map(len, encoded))
         blanks = 0
         while all(len(e) > blanks + 1 and not model.tokenizer.decode([e[blanks]]).strip() for e in encoded):
             blanks += 1
-        self.first = torch.tensor([e[blanks] for e in encoded])
+        first = torch.tensor([e[blanks] for e in encoded])
         prompts = [model.read_prompt(p) + encoded[0][:blanks] for fact in facts for p in fact.prompts]
         parts = []
         for begin in range(0, len(prompts), _CHUNK):
             rows = model.rows([(p, [model.tokenizer.end]) for p in prompts[begin : begin + _CHUNK]])
-            parts.append(model.logits(rows).softmax(1)[:, self.first])
+            parts.append(model.logits(rows).softmax(1)[:, first])
         self.likely: list[Tensor] = list(torch.cat(parts).split([len(fact.prompts) for fact in facts]))
-
-    def elsewhere(self, objects: Tensor) -> Tensor:
-        """How likely, in each wording, the first token of one of ``objects`` ``[wordings]`` is for facts of other answers.
-
-        The mean over these, ``[wordings]``; 0 where there are none.
-        """
-        found = torch.zeros(len(objects))
-        for n, o in enumerate(objects.tolist()):
-            others = [
-                table[n, o]
-                for fact, table in zip(self._facts, self.likely, strict=True)
-                if n < len(table) and not any(self.first[self.objects.index(x)] == self.first[o] for x in fact.objects)
-            ]
-            if others:
-                found[n] = torch.stack(others).mean()
-        return found
+        own = [first[[o in fact.objects for o in self.objects]] for fact in facts]
+        self._owned = torch.stack([torch.isin(first, some) for some in own])  # [facts, objects]
+        others = torch.nn.utils.rnn.pad_sequence(self.likely, batch_first=True, padding_value=torch.nan)
+        self.elsewhere = others.masked_fill(self._owned[:, None], torch.nan).nanmean(0).nan_to_num(0)
 
     def unlikely(self, i: int, number: int) -> tuple[str, ...]:
         """The answers that may be put in place of the ``i``-th fact's, in its wording ``number``."""
-        own = {int(self.first[self.objects.index(o)]) for o in self._facts[i].objects}
-        row = self.likely[i][number].tolist()
-        pairs = zip(self.objects, self.first.tolist(), row, strict=True)
-        return tuple(o for o, token, p in pairs if token not in own and p < UNLIKELY)
+        free = ~self._owned[i] & (self.likely[i][number] < UNLIKELY)
+        return tuple(o for o, is_free in zip(self.objects, free.tolist(), strict=True) if is_free)
 
 
 # -- edits ---------------------------------------------------------------------------------------------------------
@@ -304,7 +290,7 @@ def counterfactuals(known: Sequence[Known], *, seed: int = 0, limit: int | None 
         rank[one.fact.subject.casefold()] += 1
     order = [one for _, one in sorted(ranked, key=lambda pair: pair[0])]
     many = Counter(one.fact.relation for one in order)
-    editable = {relation: n - round(HELD_BACK * n) for relation, n in many.items()}
+    editable = {relation: n - max(round(HELD_BACK * n), int(n > 1)) for relation, n in many.items()}
     given: dict[str, Counter[str]] = defaultdict(Counter)
     edited: list[tuple[Known, str]] = []
     for one in order:
@@ -358,9 +344,9 @@ def write_known_facts(
 ) -> dict[str, Any]:
     """Write to ``out`` (JSON lines, :class:`~cl_lab.facts.Edit`) edits of what ``model`` knows of ``source``.
 
-    ``relations`` asks these alone; ``chat`` as :func:`recall`. Returns ``asked``, ``known``, ``edits``, and for each relation
-    the counts of :func:`recall` and its edits. Raises :class:`ConfigError` for an ``out`` that is taken or no ``.jsonl``, and
-    for an unknown relation; :class:`DataError` where nothing is known, or the file cannot be written.
+    ``relations`` asks these alone; ``chat`` as :func:`recall`. Returns ``asked``, ``known``, ``edits``, and for each
+    relation the counts of :func:`recall` and its edits. Raises :class:`ConfigError` for an ``out`` that is taken or no
+    ``.jsonl``, and for an unknown relation; :class:`DataError` where nothing is known, or the file cannot be written.
     """
     if out.suffix != ".jsonl":
         raise ConfigError(f"'{out}': must end with .jsonl; name the file of edits to write")
@@ -372,6 +358,8 @@ def write_known_facts(
     if unknown := [r for r in relations if r not in by_relation]:
         raise ConfigError(f"--relations '{unknown[0]}': is not in the facts{nearest(unknown[0], by_relation)}")
     target = load_editable(model)
+    if chat:
+        target.tokenizer.chat("")  # says at once where there is no template
     known: list[Known] = []
     table: dict[str, dict[str, int]] = {}
     for relation in dict.fromkeys(relations) or by_relation:
