@@ -681,8 +681,9 @@ def suspects(new: Sequence[Edit], earlier: Sequence[Edit] = ()) -> list[Conflict
     Of one subject (but for case), with another answer, and their questions, paraphrases among them, share a word besides
     the subject's own and those that say nothing; what :func:`conflicts` finds is left out, and so are pairs whose relations
     are both given. No model is asked: "Who is her mother?" and "Which lady bore her?" share no word and are missed, "the
-    largest city" and "the capital city" share one and are named. On ZsRE it finds nine in ten of the pairs of one subject
-    with two answers, all of which ask the same; of pairs that ask for different relations (LRE's) it names one in forty.
+    largest city" and "the capital city" share one and are named. Of the pairs of one subject with two answers it names 28 of
+    the 35 in the first hundred edits of ZsRE, 190 of 226 in five hundred (all ask the same); of pairs that ask for different
+    relations, 33 of LRE's 1,386 and 153 of PARAREL's 1,709.
     Takes time in proportion to the pairs of edits that share a subject; sorted as ``new``, then as the other.
     """
     by_subject: dict[str, list[tuple[Edit, str, dict[str, str], set[_Key]]]] = {}
