@@ -3,7 +3,7 @@
 Of facts with several wordings each those are kept that the model writes by itself in two of them, is sure of, and does not
 write of every subject alike (a prior: *Europe*, *English*). Each gets an answer that is not true and that the model holds
 unlikely, drawn from the other answers of its relation. Known facts that are not edited are what to ask beside: of the same
-relation, and of the same subject.
+relation, of the same subject, and of neither.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, nearest
 from cl_lab.facts import Edit, Probe, read_facts
 from cl_lab.files import write_atomically
-from cl_lab.probe_texts import QUESTIONS
 from cl_lab.seeding import permutation
 
 log = logging.getLogger("cl_lab")
@@ -42,7 +41,7 @@ subjects; that of a counterfactual one has less than the last."""
 
 SHARE, HELD_BACK, BESIDE = 0.3, 0.2, 2
 """Share of a relation's edits that may get one answer; share of its known facts that are not edited, one at least where
-there are two; and how many of these are asked beside each edit."""
+there are two; and how many of these are asked beside each edit, of each kind."""
 
 _CHUNK = 128  # prompts whose probabilities of all tokens are in memory at once
 
@@ -278,8 +277,8 @@ def counterfactuals(known: Sequence[Known], *, seed: int = 0, limit: int | None 
     """An edit for each fact, but for those held back (:data:`HELD_BACK` of each relation), in an order of ``seed``.
 
     At most ``limit``; subjects that had none come first. The answer is drawn from the relation's unlikely ones, none for
-    more than :data:`SHARE` of its edits; a fact for which none is left is not edited. Asked beside, of what is not edited:
-    facts of the relation and of the subject, and a general question that names no edit's subject. A pure function.
+    more than :data:`SHARE` of its edits; a fact for which none is left is not edited. Asked beside, of what is known and not
+    edited: facts of the same relation, of the same subject, and of neither, where there are such. A pure function.
     """
     order = [known[i] for i in permutation(len(known), seed, "known facts").tolist()]
     # A subject's second fact is edited last, so that it rather stays to be asked beside its first.
@@ -304,21 +303,19 @@ def counterfactuals(known: Sequence[Known], *, seed: int = 0, limit: int | None 
         edited.append((one, drawn))
     changed = {id(one) for one, _ in edited}
     kept = [one for one in order if id(one) not in changed]
-    subjects = {one.fact.subject.casefold() for one, _ in edited}
-    asked = [
-        Probe(question, options[0])
-        for some in QUESTIONS.values()
-        for question, options in some
-        if not any(subject in question.casefold() for subject in subjects)
-    ]
-    return [_edit(one, answer, kept, asked[n % len(asked)], seed) for n, (one, answer) in enumerate(edited)]
+    return [_edit(one, answer, kept, seed) for one, answer in edited]
 
 
-def _edit(one: Known, answer: str, kept: Sequence[Known], unrelated: Probe, seed: int) -> Edit:
-    fact = one.fact
-    near = [k for k in kept if k.fact.relation == fact.relation]
-    drawn = [near[i] for i in permutation(len(near), seed, "beside", fact.relation, fact.subject).tolist()[:BESIDE]]
-    own = [k for k in kept if k.fact.subject.casefold() == fact.subject.casefold() and k.fact.relation != fact.relation]
+def _edit(one: Known, answer: str, kept: Sequence[Known], seed: int) -> Edit:
+    """The edit of a fact, with questions on some of the ``kept``, which are not edited."""
+    fact, subject = one.fact, one.fact.subject.casefold()
+
+    def drawn(some: Sequence[Known], what: str) -> tuple[Probe, ...]:
+        order = permutation(len(some), seed, what, fact.relation, fact.subject).tolist()
+        return tuple(some[i].probe for i in order[:BESIDE])
+
+    own = [k for k in kept if k.fact.subject.casefold() == subject and k.fact.relation != fact.relation]
+    others = [k for k in kept if k.fact.subject.casefold() != subject]
     return Edit(
         one.probe.prompt,
         answer,
@@ -326,9 +323,9 @@ def _edit(one: Known, answer: str, kept: Sequence[Known], unrelated: Probe, seed
         subject=fact.subject,
         relation=fact.relation,
         paraphrases=tuple(p for n, p in enumerate(fact.prompts) if n != one.prompt),
-        unrelated=(unrelated,),
-        same_relation=tuple(k.probe for k in drawn),
-        same_subject=tuple(k.probe for k in own),
+        unrelated=drawn([k for k in others if k.fact.relation != fact.relation], "unrelated"),
+        same_relation=drawn([k for k in others if k.fact.relation == fact.relation], "same relation"),
+        same_subject=drawn(own, "same subject"),
     )
 
 
