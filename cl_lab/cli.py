@@ -350,6 +350,10 @@ def edit_score(
     free: Annotated[bool, typer.Option("--free/--no-free", help="Also let the model write its answers.")] = True,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be read.")] = False,
     layout: Annotated[str, typer.Option(help="Layout of the facts, where it is not recognised.")] = "auto",
+    without: Annotated[
+        list[int] | None,
+        typer.Option(help="In the end take the n-th edit away and ask for the others; may be given again."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Edit facts one after another, then say what held, in other words too, and what else moved. Goes on if stopped."""
@@ -370,6 +374,7 @@ def edit_score(
             free=free,
             skip_bad=skip_bad,
             layout=layout,
+            without=without or [],
             told=progress.told,
         )
     if as_json:
@@ -383,7 +388,46 @@ def edit_score(
         f"{document['seconds_per_edit']:.2f} s and {document['bytes_per_edit'] / 1000:.0f} kB an edit; "
         f"{len(document['refused'])} patches refused"
     )
+    for line in _edit_notes(document):
+        _console().print(line, markup=False)
     _console().print(f"folder: {folder}")
+
+
+@edit.command("known-facts")
+def edit_known_facts(
+    out: Annotated[Path, typer.Argument(help="File of edits to write, *.jsonl.")],
+    model: Annotated[str, typer.Option(help="Fetched model, local folder, GGUF file or hub id.")] = "smollm2-135m",
+    facts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Facts to ask: relations with templates, PARAREL's folder, or edits; default some five hundred of our own."
+        ),
+    ] = None,
+    relations: Annotated[list[str] | None, typer.Option(help="Ask this relation; may be given again.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Write so many edits at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides order, new answers and what is held back.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Keep what it also says to a user, and no more.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Keep the facts that a model knows, each with another answer: edits that replace what it believes."""
+    from rich.table import Table
+
+    from cl_lab.known_facts import write_known_facts
+
+    document = write_known_facts(out, model, facts, relations=relations or [], limit=limit, seed=seed, chat=chat)
+    if as_json:
+        _print_json(document | {"path": str(out)})
+        return
+    columns = ("asked", "chosen", "sure", "written", "known", "edits")
+    table = Table("relation", *columns, title=f"what {model} knows of {document['facts']}", title_justify="left")
+    for relation, counts in document["relations"].items():
+        table.add_row(relation, *(str(counts[c]) for c in columns))
+    _console().print(table)
+    _console().print(
+        f"{document['known']} of {document['asked']} facts are known; {out}: {document['edits']} edits. Next: "
+        f"cl-lab edit score {out} --model {model}",
+        markup=False,
+    )
 
 
 Folder = Annotated[Path, typer.Argument(help="The deployment's folder.")]
@@ -745,6 +789,28 @@ def _edit_table(document: Mapping[str, Any]) -> Any:
             name.replace("_", " "), *(f"{v:.3f}" if v is not None else "–" for v in (before.get(name), value))
         )
     return table
+
+
+def _edit_notes(document: Mapping[str, Any]) -> list[str]:
+    """What edits that may contradict others were worth, and what taking one away did, a line each."""
+    notes = []
+    contested = document["contested"]
+    if contested["edits"]:
+        rest = "" if contested["others"] is None else f", of the others {contested['others']:.3f}"
+        notes.append(
+            f"{contested['edits']} edits contradict another or may: their reliability {contested['reliability']:.3f}{rest}"
+        )
+    for seen in document.get("without", ()):
+        if seen.get("refused"):
+            notes.append(f"without edit {seen['edit']}: it was refused")
+            continue
+        parts = [
+            f"{word} {len(seen[key]['lost'])} lost, {len(seen[key]['gained'])} gained"
+            for key, word in (("forced", "teacher-forced"), ("free", "free"))
+            if key in seen
+        ]
+        notes.append(f"without edit {seen['edit']}, of {seen['others']} others: {'; '.join(parts)}")
+    return notes
 
 
 @app.callback(invoke_without_command=True)

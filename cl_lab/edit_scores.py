@@ -128,6 +128,12 @@ def retention(model: EditableModel, edits: Sequence[Edit], after: Asked, *, chat
     return [own[0] for own in _each(model, probes, after.tokens["reliability"], chat)]
 
 
+def written_right(edits: Sequence[Edit], after: Asked) -> list[bool]:
+    """Whether each edit's own prompt was answered rightly (:func:`is_right`) when the model wrote by itself."""
+    texts = after.texts["reliability"]
+    return [is_right(own[0], edit.answer, edit.old) for edit, own in zip(edits, texts, strict=True)]
+
+
 def perplexity(model: EditableModel, texts: Sequence[str] = PARAGRAPHS) -> float:
     """``exp`` of the mean surprise, in nats a token, of plain texts, each read from the token that ends the one before."""
     pairs = [([model.tokenizer.end], model.tokenizer.encode(text)) for text in texts]

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from cl_lab import edit_scores, hub, registry
 from cl_lab.compat import use_freed_memory_again
 from cl_lab.editable import EditableModel
 from cl_lab.errors import ConfigError, DataError, EditError
-from cl_lab.facts import Edit, conflicts, read_facts
+from cl_lab.facts import Conflict, Edit, conflicts, read_facts, suspects
 from cl_lab.files import write_atomically
-from cl_lab.patches import load_patch
+from cl_lab.patches import Patch, load_patch
 
 log = logging.getLogger("cl_lab")
 
@@ -56,17 +56,27 @@ def score_facts(
     free: bool = True,
     skip_bad: bool = False,
     layout: str = "auto",
+    without: Sequence[int] = (),
     told: Told = lambda made, of, what: None,
 ) -> dict[str, Any]:
     """Make the edits in a file of ``facts`` with ``editor`` (its name and knobs), score them, and return ``run.json``.
 
     ``batch_size`` edits share a patch; ``limit`` takes the first so many. Scores (:func:`cl_lab.edit_scores.scores`) are
     those before any edit and those after the last, ``retention`` the reliability of each edit by then, oldest first. A patch
-    that cannot be made is left out and named under ``refused``. Raises :class:`ConfigError` where ``out`` holds another run,
-    :class:`DataError` for facts that cannot be read or contradict each other, and what the model and the editor refuse.
+    that cannot be made is left out and named under ``refused``. Edits that contradict one before them, or may
+    (:func:`cl_lab.facts.suspects`), are not refused: ``conflicts`` lists the pairs, and ``contested`` says how many edits
+    are in one, and what these and the others were worth.
+
+    ``without`` are edits, counted from 1, to be taken away when all is scored, each from the model with all others; under
+    the same name is what that did to the rest (:func:`_taken_away`). They may differ when a run is given again.
+
+    Raises :class:`ConfigError` where ``out`` holds another run or there is no such edit to take away, :class:`DataError` for
+    facts that cannot be read, and what the model and the editor refuse.
     """
     read = read_facts(facts, layout=layout, skip_bad=skip_bad)
     edits = read.edits[:limit]
+    if wrong := [n for n in without if not 1 <= n <= len(edits)]:
+        raise ConfigError(f"--without {wrong[0]}: there are {len(edits)} edits; give 1 to {len(edits)}")
     made_by = registry.create("editors", editor, "editor")
     asked = {
         "model": model,
@@ -79,25 +89,106 @@ def score_facts(
         "free": free,
     }
     _claim(out, asked)
-    for conflict in conflicts(edits):
+    known = conflicts(edits)
+    for conflict in known:
         log.warning("facts: %s", conflict.why)
+    if doubted := suspects(edits):
+        log.warning(
+            "facts: %d %s may contradict each other in other words, first: %s %s",
+            len(doubted),
+            "pair" if len(doubted) == 1 else "pairs",
+            doubted[0].edit.source,
+            doubted[0].why,
+        )
     use_freed_memory_again()
     target = load_editable(model)
     before = edit_scores.ask(target, edits, free=free, chat=chat)
     old = _scored(target, edits, before, before, free, chat)
-    made = _make(target, made_by, edits, out, batch_size, told)
+    made, patches = _make(target, made_by, edits, out, batch_size, told)
     after = edit_scores.ask(target, edits, free=free, chat=chat)
     new = _scored(target, edits, after, before, free, chat)
+    retention = edit_scores.retention(target, edits, after, chat=chat)
     document = asked | {
         "status": "finished",
         "bad": [{"place": b.place, "reason": b.reason} for b in read.bad],
         "before": old,
         "after": new,
-        "retention": edit_scores.retention(target, edits, after, chat=chat),
+        "retention": retention,
+        **_contested(edits, [*known, *doubted], retention),
         **made,
     }
+    if without:
+        document["without"] = [
+            _taken_away(model, number, edits, patches, after, retention, chat) for number in dict.fromkeys(without)
+        ]
     _write(out, document)
     return document
+
+
+def _contested(edits: Sequence[Edit], found: Sequence[Conflict], retention: Sequence[float]) -> dict[str, Any]:
+    """Pairs of edits, counted from 1, that contradict each other or may; what these edits and the others were worth."""
+    place = {id(edit): i for i, edit in enumerate(edits)}
+    pairs = [(place[id(c.edit)], place[id(c.other)], c) for c in found]
+    within = {i for *two, c in pairs if c.kind != "duplicate" for i in two}
+    some, rest = ([r for i, r in enumerate(retention) if (i in within) == is_in] for is_in in (True, False))
+    return {
+        "conflicts": [{"edit": i + 1, "other": j + 1, "kind": c.kind, "why": c.why} for i, j, c in pairs],
+        "contested": {"edits": len(some), "reliability": _mean(some), "others": _mean(rest)},
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _taken_away(
+    name: str,
+    number: int,
+    edits: Sequence[Edit],
+    patches: Mapping[int, Patch],
+    after: edit_scores.Asked,
+    retention: Sequence[float],
+    chat: bool,
+) -> dict[str, Any]:
+    """What becomes of the other edits when the patch of the ``number``-th is taken away from a model that has all of them.
+
+    ``removed`` are the edits of that patch, counted from 1 as all here. Of the ``others`` (how many), ``forced`` has those
+    whose whole answer was right, teacher-forced, and is not any more (``lost``) or the other way round (``gained``), and
+    ``free`` the same of what the model writes; ``moved`` is how many answer in other tokens, and ``retention`` each edit's
+    reliability then. For an edit that was refused, only ``refused``.
+    """
+    patch = patches.get(number - 1)
+    if patch is None:
+        log.warning("--without %d: that edit was refused; there is nothing to take away", number)
+        return {"edit": number, "refused": True}
+    model = load_editable(name)
+    for other in dict.fromkeys(patches.values()):
+        other.apply(model)
+    patch.revert(model)
+    # All edits are asked, in the batches of before: others would round otherwise.
+    said = edit_scores.ask(model, edits, free=bool(after.texts), chat=chat, groups=("reliability",))
+    now = edit_scores.retention(model, edits, said, chat=chat)
+    others = [i for i, its in patches.items() if its is not patch]
+    found: dict[str, Any] = {
+        "edit": number,
+        "removed": [i + 1 for i, its in patches.items() if its is patch],
+        "others": len(others),
+        "moved": sum(said.tokens["reliability"][i] != after.tokens["reliability"][i] for i in others),
+        "forced": _changed(others, [r == 1 for r in retention], [r == 1 for r in now]),
+        "retention": now,
+    }
+    if after.texts:
+        found["free"] = _changed(
+            others, edit_scores.written_right(edits, after), edit_scores.written_right(edits, said)
+        )
+    return found
+
+
+def _changed(places: Sequence[int], before: Sequence[bool], after: Sequence[bool]) -> dict[str, list[int]]:
+    return {
+        "lost": [i + 1 for i in places if before[i] and not after[i]],
+        "gained": [i + 1 for i in places if after[i] and not before[i]],
+    }
 
 
 def _scored(
@@ -140,9 +231,13 @@ def _claim(out: Path, asked: dict[str, Any]) -> None:
 
 def _make(
     model: EditableModel, editor: Any, edits: Sequence[Edit], out: Path, batch_size: int, told: Told
-) -> dict[str, Any]:
-    """Lay one patch after another on ``model``; those that are on disk are read. What it took, and what was refused."""
+) -> tuple[dict[str, Any], dict[int, Patch]]:
+    """Lay one patch after another on ``model``; those that are on disk are read.
+
+    What it took and what was refused, and the patch of each edit by its place, oldest first.
+    """
     done: list[Edit] = []
+    patches: dict[int, Patch] = {}
     refused: list[dict[str, str]] = []
     seconds = size = 0.0
     for n, first in enumerate(range(0, len(edits), batch_size)):
@@ -163,10 +258,11 @@ def _make(
             _save(patch, folder)
         patch.apply(model)
         done += some
+        patches |= dict.fromkeys(range(first, first + len(some)), patch)
         size += patch.nbytes
         told(len(done), len(edits), some[-1].prompt)
     count = max(len(done), 1)
-    return {"seconds_per_edit": seconds / count, "bytes_per_edit": size / count, "refused": refused}
+    return {"seconds_per_edit": seconds / count, "bytes_per_edit": size / count, "refused": refused}, patches
 
 
 def _save(patch: Any, folder: Path) -> None:

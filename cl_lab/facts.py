@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -587,10 +588,11 @@ def _table(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, Any]]:
 class Conflict:
     """Two edits of one fact: ``edit`` came after ``other``; ``why`` says by what they are one, and names ``other``.
 
-    A ``contradiction`` has another answer, a ``duplicate`` the same.
+    A ``contradiction`` has another answer, a ``duplicate`` the same. Of a ``suspect`` (:func:`suspects`) it is not known
+    whether the fact is one.
     """
 
-    kind: Literal["contradiction", "duplicate"]
+    kind: Literal["contradiction", "duplicate", "suspect"]
     edit: Edit
     other: Edit
     why: str
@@ -616,6 +618,7 @@ class _Seen:
 
 
 _Key = tuple[str, ...]
+_WORD = re.compile(r"[^\W_]+")
 
 
 def conflicts(new: Sequence[Edit], earlier: Sequence[Edit] = ()) -> list[Conflict]:
@@ -658,6 +661,60 @@ def _found(edit: Edit, answer: str, seen: _Seen | None, way: str) -> Iterator[Co
         yield Conflict("contradiction", edit, against, f"{way} {_named(against)}, with another answer: {answers}")
     if twin is not None:
         yield Conflict("duplicate", edit, twin, f"{way} {_named(twin)}, with the same answer '{_short(twin.answer)}'")
+
+
+# Words that questions share whatever they ask for.
+_EMPTY = frozenset(
+    _WORD.findall(
+        "a an and are as at be been being by called can could did do does for from had has have he her his how in into is "
+        "it its me name named of on or please she tell that the their there these they this those to was were what when "
+        "where which who whom whose why will with would you"
+    )
+)
+_STEM = 5
+"""Letters by which words are compared: *manufactured* and *manufacturer* are one."""
+
+
+def suspects(new: Sequence[Edit], earlier: Sequence[Edit] = ()) -> list[Conflict]:
+    """Where an edit of ``new`` may contradict one of ``earlier``, or one of ``new`` before it, in other words.
+
+    Of one subject (but for case), with another answer, and their questions, paraphrases among them, share a word besides
+    the subject's own and those that say nothing; what :func:`conflicts` finds is left out, and so are pairs whose relations
+    are both given. No model is asked: "Who is her mother?" and "Which lady bore her?" share no word and are missed, "the
+    largest city" and "the capital city" share one and are named. Of the pairs of one subject with two answers it names 28 of
+    the 35 in the first hundred edits of ZsRE, 190 of 226 in five hundred (all ask the same); of pairs that ask for different
+    relations, 33 of LRE's 1,386 and 153 of PARAREL's 1,709.
+    Takes time in proportion to the pairs of edits that share a subject; sorted as ``new``, then as the other.
+    """
+    by_subject: dict[str, list[tuple[Edit, str, dict[str, str], set[_Key]]]] = {}
+    found: list[Conflict] = []
+    for i, edit in enumerate((*earlier, *new)):
+        if not edit.subject:
+            continue
+        answer, words = _normalised(edit.answer), _content(edit)
+        texts = {_same("", text) for text in (edit.prompt, *edit.paraphrases)}
+        known = by_subject.setdefault(_normalised(edit.subject), [])
+        if i >= len(earlier):
+            for other, its_answer, its_words, its_texts in known:
+                certain = _same("", edit.prompt) in its_texts or _same("", other.prompt) in texts
+                shared = next((word for stem, word in words.items() if stem in its_words), None)
+                if answer != its_answer and shared and not certain and not (edit.relation and other.relation):
+                    why = (
+                        f"the same subject as {_named(other)} and perhaps the same question ('{shared}'), with "
+                        f"another answer: '{_short(edit.answer)}', not '{_short(other.answer)}'"
+                    )
+                    found.append(Conflict("suspect", edit, other, why))
+        known.append((edit, answer, words, texts))
+    return found
+
+
+def _content(edit: Edit) -> dict[str, str]:
+    """The words of an edit's questions that say what is asked, by their first letters."""
+    subject = _normalised(edit.subject or "")
+    texts = (_normalised(text).replace(subject, " ") for text in (edit.prompt, *edit.paraphrases))
+    own = {*_WORD.findall(subject), *_EMPTY}
+    words = (word for text in texts for word in _WORD.findall(text))
+    return {word[:_STEM]: word for word in words if len(word) > 1 and word not in own}
 
 
 def _named(edit: Edit) -> str:

@@ -48,7 +48,7 @@ LAYERS = [
     },
     {"cl_lab.learner", "cl_lab.tracking", "cl_lab.reporting", "cl_lab.doctor"},
     {"cl_lab.editing", "cl_lab.trainer"},
-    {"cl_lab.deployment", "cl_lab.experiment"},
+    {"cl_lab.deployment", "cl_lab.experiment", "cl_lab.known_facts"},
     {"cl_lab.edit_worker"},
     {"cl_lab.serving"},
     {"cl_lab.server"},

@@ -45,7 +45,7 @@ def test_wheel_holds_exactly_the_three_packages(wheel: Path) -> None:
     assert {t for t in tops if not t.endswith(".dist-info")} == {"cl_lab", "strategies", "scenarios"}
     assert "cl_lab/py.typed" in names
     assert any(n.startswith("cl_lab/templates/") for n in names), "the report's templates travel along"
-    assert "scenarios/edit_facts.json" in names
+    assert {"cl_lab/known_facts.json", "scenarios/edit_facts.json"} <= {*names}
     packages = ("cl_lab", "strategies", "scenarios")
     sources = {p.relative_to(ROOT).as_posix() for d in packages for p in (ROOT / d).rglob("*.py")}
     assert sources == {n for n in names if n.endswith(".py")}

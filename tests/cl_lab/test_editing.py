@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from cl_lab import cli, edit_scores
+from cl_lab import cli, edit_scores, registry
+from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable, score_facts
 from cl_lab.errors import ConfigError, DataError, EditError
 from cl_lab.facts import Edit
+from cl_lab.patches import load_patch
 from strategies.ft_m import FTM
 
 FACTS = [
@@ -131,6 +133,148 @@ def test_scoring_twice_gives_the_same_and_changes_nothing() -> None:
     one, two = (edit_scores.ask(model, edits) for _ in range(2))
     assert one == two
     assert all(torch.equal(v, before[n]) for n, v in model.model.state_dict().items())
+
+
+# -- one edit taken away ---------------------------------------------------------------------------------------------
+
+
+def never(document: dict[str, Any], out: Path, number: int) -> EditableModel:
+    """The model that has all patches of a run, but for the ``number``-th, which it never had."""
+    model = load_editable("tiny")
+    for n in range(len(document["retention"])):
+        if n != number - 1:
+            load_patch(out / f"patches/{n:06d}").apply(model)
+    return model
+
+
+def written(model: EditableModel, edits: list[Edit]) -> list[bool]:
+    said = model.answer([e.prompt for e in edits], max_new_tokens=edit_scores.BUDGET)
+    return [edit_scores.is_right(text, e.answer, e.old) for text, e in zip(said, edits, strict=True)]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_taken_away_is_never_applied(facts: Path, tmp_path: Path, number: int) -> None:
+    """Against a model that never had the patch, asked by hand; and for each number in turn."""
+    document = scored(facts, tmp_path / "out", without=[number], editor=KNOBS | {"steps": 20})
+    (seen,) = document["without"]
+    others = [n for n in (1, 2, 3) if n != number]
+    assert (seen["edit"], seen["removed"], seen["others"]) == (number, [number], 2)
+    model = never(document, tmp_path / "out", number)
+    edits = [Edit.from_json({k: f[k] for k in ("prompt", "answer", "old") if k in f}) for f in FACTS]
+    said = edit_scores.ask(model, edits, groups=("reliability",))
+    assert seen["retention"] == edit_scores.retention(model, edits, said)
+    full = document["retention"]
+    for key, before, after in (
+        ("forced", [r == 1 for r in full], [r == 1 for r in seen["retention"]]),
+        (
+            "free",
+            written(never(document, tmp_path / "out", 0), edits),
+            written(model, edits),
+        ),
+    ):
+        assert seen[key]["lost"] == [n for n in others if before[n - 1] and not after[n - 1]]
+        assert seen[key]["gained"] == [n for n in others if after[n - 1] and not before[n - 1]]
+    assert seen["retention"][number - 1] < 1, "what was taken away is gone"
+
+
+def test_what_an_edit_hid_or_held_up_is_told(tmp_path: Path) -> None:
+    """Of two that contradict each other the first holds without the second; the second of two alike is nothing by itself."""
+    rows = [("A is", "x"), ("A is", "y"), ("B is", "w"), ("B is", "w")]
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in rows))
+    document = scored(facts, tmp_path / "out", without=[2, 3])
+    assert document["retention"] == [0.5, 1, 1, 1], "the blank is a byte by itself"
+    second, third = document["without"]
+    assert second["forced"] == second["free"] == {"lost": [], "gained": [1]}
+    assert third["forced"] == third["free"] == {"lost": [4], "gained": []}
+    assert (second["moved"], third["moved"]) == (1, 1)
+    assert second["retention"] == [1, 0.5, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["grace", "prompt-memory"])
+def test_what_is_removable_is_as_if_it_had_never_been_edited(facts: Path, tmp_path: Path, name: str) -> None:
+    made = registry.load("editors", name)[0]
+    assert made.removable
+    knobs = {"name": name, **made.conformance_knobs()}
+    document = scored(facts, tmp_path / "out", editor=knobs, without=[2])
+    (seen,) = document["without"]
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("\n".join(json.dumps(f) for i, f in enumerate(FACTS) if i != 1) + "\n")
+    other = scored(fewer, tmp_path / "fewer", editor=knobs)
+    assert [seen["retention"][i] for i in (0, 2)] == other["retention"]
+    assert seen["forced"] == seen["free"] == {"lost": [], "gained": []}
+    assert seen["moved"] == 0
+
+
+def test_what_is_taken_away_may_be_asked_of_a_run_that_is_finished(
+    facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = scored(facts, tmp_path / "whole", without=[3, 1, 3])
+    assert [seen["edit"] for seen in whole["without"]] == [3, 1]
+    assert "without" not in scored(facts, tmp_path / "out")
+    monkeypatch.setattr(FTM, "propose", lambda *args: pytest.fail("all patches are there"))
+    again = scored(facts, tmp_path / "out", without=[3, 1])
+    assert timeless(again) == timeless(whole)
+    assert json.loads((tmp_path / "out/run.json").read_text()) == again
+
+
+def test_edits_that_share_a_patch_go_together(facts: Path, tmp_path: Path) -> None:
+    (seen,) = scored(facts, tmp_path / "out", batch_size=2, free=False, without=[2])["without"]
+    assert (seen["removed"], seen["others"]) == ([1, 2], 1)
+    assert "free" not in seen
+
+
+def test_there_must_be_such_an_edit_to_take_away(facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in (0, 4):
+        with pytest.raises(ConfigError, match=f"--without {wrong}: there are 3 edits; give 1 to 3"):
+            scored(facts, tmp_path / "out", without=[1, wrong])
+    assert not (tmp_path / "out").exists()
+
+    def refuse(*args: Any) -> None:
+        raise EditError("ft-m: 'A is': the loss became nan; the model is as it was")
+
+    monkeypatch.setattr(FTM, "propose", refuse)
+    document = scored(facts, tmp_path / "out", without=[2], free=False, limit=2)
+    assert document["without"] == [{"edit": 2, "refused": True}]
+
+
+# -- edits that contradict each other ----------------------------------------------------------------------------------
+
+
+def test_edits_that_may_contradict_are_counted_apart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": "Ann's boss is", "answer": "x", "subject": "Ann"},
+        {"prompt": "B is", "answer": "y"},
+        {"prompt": "The boss of Ann is", "answer": "w", "subject": "Ann"},
+        {"prompt": "C is", "answer": "u"},
+        {"prompt": "c is", "answer": "v"},
+        {"prompt": "B is", "answer": "y"},
+    ]
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    document = scored(facts, tmp_path / "out", free=False, editor=KNOBS | {"steps": 5})
+    assert [(c["edit"], c["other"], c["kind"]) for c in document["conflicts"]] == [
+        (5, 4, "contradiction"),
+        (6, 2, "duplicate"),
+        (3, 1, "suspect"),
+    ]
+    kept = document["retention"]
+    assert document["contested"] == {
+        "edits": 4,
+        "reliability": pytest.approx(sum(kept[i] for i in (0, 2, 3, 4)) / 4),
+        "others": pytest.approx((kept[1] + kept[5]) / 2),
+    }
+    (line,) = [r.getMessage() for r in caplog.records if "may contradict" in r.getMessage()]
+    assert line.startswith(
+        "facts: 1 pair may contradict each other in other words, first: facts.jsonl:3 the same subject"
+    )
+    words = ["edit", "score", str(facts), "lr=0.02", "steps=5", "contexts=0", "layer=1", "--model", "tiny", "--no-free"]
+    cli.app([*words, "--editor", "ft-m", "--out", str(tmp_path / "out"), "--without", "1"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "4 edits contradict another or may: their reliability" in shown
+    assert "without edit 1, of 5 others: teacher-forced" in shown
 
 
 def test_from_the_command_line(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cl_lab.errors import ConfigError, DataError
-from cl_lab.facts import LAYOUTS, BadLine, Edit, Facts, Probe, conflicts, read_facts
+from cl_lab.facts import LAYOUTS, BadLine, Edit, Facts, Probe, conflicts, read_facts, suspects
 
 SHARED = Path(os.environ.get("CL_LAB_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data").resolve()
 REAL = SHARED / "editing"
@@ -729,3 +729,91 @@ def test_published_files(
 def test_counterfact_asks_some_prompts_twice() -> None:
     found = conflicts(read_facts(REAL / "counterfact/edit_3000.json").edits)
     assert [conflict.kind for conflict in found] == ["contradiction"] * 8
+
+
+# -- suspects ------------------------------------------------------------------------------------------------------
+
+
+def ship(prompt: str, answer: str, **more: Any) -> Edit:
+    return Edit(prompt, answer, subject="USS Leeds (APA-56)", **more)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "word"),
+    [
+        (
+            ship("Which corporation created USS Leeds (APA-56)?", "Lockheed"),
+            ship("Which corporation was USS Leeds (APA-56) created by?", "Embassy"),
+            "corporation",
+        ),
+        (
+            ship("Who manufactured USS Leeds (APA-56)?", "Lockheed"),
+            ship("Which is the manufacturer of USS Leeds (APA-56)?", "Embassy"),
+            "manufacturer",
+        ),
+        (
+            ship("Who made USS Leeds (APA-56)?", "Lockheed", paraphrases=("Which company built it?",)),
+            ship("What yard is USS Leeds (APA-56) of?", "Embassy", paraphrases=("By which company was it launched?",)),
+            "company",
+        ),
+        (
+            Edit("When was MAT-49 introduced?", "2011", subject="mat-49 "),
+            Edit("MAT-49's year of introduction?", "1990", subject="MAT-49"),
+            "introduction",
+        ),
+        (
+            ship("Who built USS Leeds (APA-56)?", "Lockheed", relation="P176"),
+            ship("USS Leeds (APA-56) was built by", "Embassy"),
+            "built",
+        ),
+    ],
+)
+def test_one_question_in_other_words_is_suspected(first: Edit, second: Edit, word: str) -> None:
+    for new, earlier in (([first, second], []), ([second], [first])):
+        assert not conflicts(new, earlier)
+        (found,) = suspects(new, earlier)
+        assert (found.kind, found.edit, found.other) == ("suspect", second, first)
+        assert found.why == (
+            f"the same subject as '{first.prompt[:39]}{'…' if len(first.prompt) > 40 else first.prompt[39:]}' and perhaps "
+            f"the same question ('{word}'), with another answer: '{second.answer}', not '{first.answer}'"
+        )
+    assert suspects([first]) == []
+    assert suspects([dataclasses.replace(second, answer=f"{first.answer.upper()}.")], [first]) == [], "the same answer"
+    assert suspects([dataclasses.replace(second, subject="USS Other")], [first]) == []
+    assert suspects([dataclasses.replace(second, subject=None)], [first]) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Who is the mother of Jane?", "Where was Jane born?"),  # words that say nothing, and the subject's own
+        ("In which war did Jane fight?", "Of which team is Jane?"),
+        ("Jane", "Jane?"),
+    ],
+)
+def test_another_question_is_not_suspected(first: str, second: str) -> None:
+    assert not suspects([Edit(first, "x", subject="Jane"), Edit(second, "y", subject="Jane")])
+
+
+def test_what_is_certain_is_no_suspect() -> None:
+    one = Edit("The mother of Jane is", "Ann", subject="Jane")
+    assert not suspects([one, Edit("the mother of Jane is:", "Eve", subject="Jane")])
+    assert not suspects([one, Edit("Jane's mother", "Eve", subject="Jane", paraphrases=(one.prompt,))])
+    two = [dataclasses.replace(one, relation="P25"), Edit("Whom did her mother like?", "Bo", "", "Jane", "likes")]
+    assert not suspects(two), "the relations say that it is another fact"
+    assert suspects([two[0], dataclasses.replace(two[1], relation=None)])
+
+
+def test_every_pair_is_named_in_order() -> None:
+    edits = [Edit(f"Way {i} to ask for Jane's mother", name, subject="Jane") for i, name in enumerate("abc")]
+    found = [(c.edit.answer, c.other.answer) for c in suspects(edits)]
+    assert found == [("b", "a"), ("c", "a"), ("c", "b")]
+    assert [(c.edit.answer, c.other.answer) for c in suspects(edits[2:], edits[:2])] == found[1:]
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no {REAL}")
+def test_suspects_of_zsre() -> None:
+    edits = read_facts(REAL / "zsre/wise_edit_500.json").edits[:100]
+    found = suspects(edits)
+    assert len(found) == 28
+    assert len({id(e) for c in found for e in (c.edit, c.other)}) == 38
