@@ -8,6 +8,7 @@ runs the layers above it alone, with the projection to the vocabulary at the pla
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -116,6 +117,16 @@ class EditableModel:
         """Where the model is."""
         found: torch.device = next(iter(self.model.parameters())).device
         return found
+
+    def copied(self) -> Any:
+        """A copy of the model with the weights as they stand, without what answers for some prompts only."""
+        for hook in self.side.values():
+            hook.remove()  # it would bring a copy of every patch along
+        try:
+            return copy.deepcopy(self.model)
+        finally:
+            for hook in self.side.values():
+                hook.hang()
 
     # -- parts -----------------------------------------------------------------------------------------------------
 

@@ -277,9 +277,13 @@ class Routed:
         self._route: Tensor | None = None
         self._holding = self._paused = False
         self._begins = True  # the pass in progress has nothing in its cache
+        self.hang()
+
+    def hang(self) -> None:
+        """Put the hook where it belongs."""
         self._handles = [
-            model.decoder.register_forward_pre_hook(self._look, with_kwargs=True),
-            site.module.register_forward_hook(self._add),
+            self.model.decoder.register_forward_pre_hook(self._look, with_kwargs=True),
+            self.site.module.register_forward_hook(self._add),
         ]
 
     def remove(self) -> None:

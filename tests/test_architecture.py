@@ -46,7 +46,7 @@ LAYERS = [
         "cl_lab.results",
     },
     {"cl_lab.learner", "cl_lab.tracking", "cl_lab.reporting", "cl_lab.doctor"},
-    {"cl_lab.editing", "cl_lab.trainer"},
+    {"cl_lab.editing", "cl_lab.strategy_editor", "cl_lab.trainer"},
     {"cl_lab.deployment", "cl_lab.experiment"},
     {"cl_lab.comparison", "cl_lab.rank", "cl_lab.bench", "cl_lab.diagnosis"},
     {"cl_lab.cli"},
