@@ -404,8 +404,7 @@ def linear_modules(model: nn.Module, patterns: Sequence[str], place: str = _TARG
         if not named:
             there = sorted({path.rpartition(".")[2] for path in paths})
             raise ConfigError(
-                f"{place}: '{pattern}' matches no linear layer{nearest(pattern, there)}; there are "
-                f"{', '.join(there)}"
+                f"{place}: '{pattern}' matches no linear layer{nearest(pattern, there)}; there are {', '.join(there)}"
             )
         found |= dict.fromkeys(named)
     return list(found)

@@ -57,6 +57,11 @@ class Rows:
         return (place >= self.begin[:, None]) & (place < self.until[:, None])
 
     @property
+    def read(self) -> Tensor:
+        """``[B, T]`` bool: the places that have a token."""
+        return torch.arange(self.ids.shape[1])[None] < self.length[:, None]
+
+    @property
     def said(self) -> Tensor:
         """``[B, T]`` bool: the places whose logits are for a token of the answer, one before each."""
         place = torch.arange(self.ids.shape[1])[None] + 1
@@ -111,6 +116,7 @@ class EditableModel:
         self.layers_path, self.layers = _layers(model, name)
         self._sites: dict[str, Site] = {}
         self._asked: Tensor | None = None
+        self._read: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -234,7 +240,7 @@ class EditableModel:
         found = []
         for first in range(0, len(rows), batch_size):
             some = rows.take(slice(first, first + batch_size))
-            with self.prompts(some.asked):
+            with self.prompts(some.asked, some.read):
                 h = self.decoder(input_ids=some.ids.to(self.device), use_cache=False).last_hidden_state
             found.append(self.project(h[some.said.to(self.device)]).cpu())
         return torch.cat(found)
@@ -255,7 +261,7 @@ class EditableModel:
         found: dict[str, list[Tensor]] = {site.path: [] for site in sites}
         for first in range(0, len(rows), batch_size):
             some = rows.take(slice(first, first + batch_size))
-            with _listening(sites, stop=True) as heard, self.prompts(some.asked), suppress(_AllHeard):
+            with _listening(sites, stop=True) as heard, self.prompts(some.asked, some.read), suppress(_AllHeard):
                 self.decoder(input_ids=some.ids.to(self.device), use_cache=False)
             for site in sites:
                 kept = heard[site.path].float().cpu()
@@ -278,7 +284,9 @@ class EditableModel:
         if from_prompt_end and int((rows.until - 1).max()):
             rows, more = self._read_heads(rows)
             ids, past = rows.ids[:, :-1], _Past(more["past_key_values"])  # nothing follows a text's last token
-        with ExitStack() as hooks, _listening([site]) as inputs, self.prompts(rows.asked[:, : ids.shape[1]]):
+        width = ids.shape[1]
+        asked, read = rows.asked[:, :width], rows.read[:, :width]
+        with ExitStack() as hooks, _listening([site]) as inputs, self.prompts(asked, read):
             for module in some:
                 hooks.enter_context(
                     module.register_forward_pre_hook(
@@ -304,7 +312,7 @@ class EditableModel:
         before = torch.arange(most)[None] - (most - head)[:, None]
         there, before = before >= 0, before.clamp(min=0)
         read = torch.where(there, rows.ids.gather(1, before), 0)
-        with self.prompts(there & rows.asked.gather(1, before)):
+        with self.prompts(there & rows.asked.gather(1, before), there):
             self.decoder(
                 input_ids=read.to(self.device),
                 attention_mask=there.long().to(self.device),
@@ -323,29 +331,34 @@ class EditableModel:
         return some, {k: v.to(self.device) for k, v in more.items()} | {"past_key_values": cache, "use_cache": True}
 
     @contextmanager
-    def prompts(self, asked: Tensor) -> Iterator[None]:
-        """Say which tokens ``[B, T]`` bool of the batch to come are prompts, for what routes by them."""
-        before, self._asked = self._asked, asked.to(self.device)
+    def prompts(self, asked: Tensor, read: Tensor) -> Iterator[None]:
+        """Say which places ``[B, T]`` bool of the batch to come are prompts and which have a token, for what routes."""
+        before = self._asked, self._read
+        self._asked, self._read = asked.to(self.device), read.to(self.device)
         try:
             yield
         finally:
-            self._asked = before
+            self._asked, self._read = before
 
     @property
     def asked(self) -> Tensor | None:
         """Which tokens of the batch in progress are prompts, where it was said."""
         return self._asked
 
+    @property
+    def read(self) -> Tensor | None:
+        """Which places of the batch in progress have a token, where it was said."""
+        return self._read
+
     @contextmanager
     def unrouted(self) -> Iterator[None]:
         """Run the block without what answers for some prompts only; changed weights stay."""
-        for hook in self.side.values():
-            hook.pause(True)
+        before = [(hook, hook.pause(True)) for hook in self.side.values()]
         try:
             yield
         finally:
-            for hook in self.side.values():
-                hook.pause(False)
+            for hook, paused in before:  # one block may lie in another
+                hook.pause(paused)
 
     @contextmanager
     def unpatched(self) -> Iterator[None]:
@@ -424,7 +437,7 @@ class EditableModel:
         ids, mask = ids.to(self.device), mask.to(self.device)
         cache, said = new_cache(), torch.full((n, budget), -1, dtype=torch.int64)
         going, step = torch.ones(n, dtype=torch.bool), ids
-        with self.prompts(asked.bool()), self.held_routes():
+        with self.prompts(asked.bool(), mask.bool()), self.held_routes():
             for place in range(budget):
                 where = (mask.cumsum(1) - 1).clamp(min=0)[:, -step.shape[1] :]
                 out = self.decoder(

@@ -119,8 +119,8 @@ def create(kind: str, config: Mapping[str, Any], path: str) -> Any:
     """An instance of the plug-in that ``config["name"]`` names, its knobs validated; ``path`` is where the config stood.
 
     Among strategies an editor may be named, too (``wise``, or ``editor:wise`` where a strategy has its name): what comes is
-    an :class:`~cl_lab.edit_strategy.EditorStrategy`, whose knobs stand beside the editor's. Among editors ``strategy:ewc`` is
-    a strategy that edits, a :class:`~cl_lab.strategy_editor.StrategyEditor`, whose knobs stand beside the strategy's.
+    an :class:`~cl_lab.edit_strategy.EditorStrategy`, whose knobs stand beside the editor's. Among editors ``strategy:ewc``
+    is a strategy that edits, a :class:`~cl_lab.strategy_editor.StrategyEditor`, whose knobs stand beside the strategy's.
     """
     from cl_lab import knobs
 
@@ -174,9 +174,7 @@ def _strategy(name: str) -> str | None:
 def _strategy_as_editor(config: Mapping[str, Any], path: str) -> Any:
     cls: Any = load("editors", config["name"])[0]
     if cls.argument in config:
-        raise ConfigError(
-            f"{path}.{cls.argument}: given twice, in the name '{config['name']}' and as a key; keep one"
-        )
+        raise ConfigError(f"{path}.{cls.argument}: given twice, in the name '{config['name']}' and as a key; keep one")
     own, rest = _parted(cls, config)
     del rest["name"]
     return cls.wrap({**own, cls.argument: _strategy(config["name"])}, rest, path)
@@ -191,7 +189,7 @@ def _parted(cls: type, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def describe(kind: str, name: str) -> list[dict[str, Any]]:
-    """The knobs that ``name`` takes, as :func:`cl_lab.knobs.describe`; of ``strategy:ewc`` the editor's, then the strategy's.
+    """The knobs that ``name`` takes (:func:`cl_lab.knobs.describe`); of ``strategy:ewc`` the strategy's behind the editor's.
 
     Raises as :func:`load` does.
     """

@@ -1,8 +1,9 @@
-"""A strategy as an editor: it learns the edits as one experience of a stream of patches, and what it changed is the patch."""
+"""A strategy as an editor: edits are learnt as one experience of a stream of patches, and what has changed is the patch."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -64,7 +65,9 @@ class StrategyEditor(Editor):
     argument: ClassVar[str | None] = "strategy"
     folds: ClassVar[bool] = True
 
-    strategy: str = knob(doc="the strategy that learns the edits (cl-lab list strategies); its knobs stand beside these")
+    strategy: str = knob(
+        doc="the strategy that learns the edits (cl-lab list strategies); its knobs stand beside these"
+    )
     lr: float = knob(1e-3, "learning rate", gt=0, le=1000)
     steps: int = knob(30, "optimiser steps for each patch", ge=1)
     batch_size: int = knob(8, "texts of the patch in each step", ge=1)
@@ -90,7 +93,7 @@ class StrategyEditor(Editor):
 
     @classmethod
     def wrap(cls, own: Mapping[str, Any], settings: Mapping[str, Any], path: str) -> StrategyEditor:
-        """The editor with the knobs of this class in ``own`` and the strategy's in ``settings``; ``path`` is where they stood.
+        """The editor with knobs of this class in ``own`` and the strategy's in ``settings``; ``path`` is where they stood.
 
         Raises :class:`ConfigError` for knobs that are not valid and a strategy that cannot edit.
         """
@@ -107,14 +110,15 @@ class StrategyEditor(Editor):
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         held, drawn = self._held(model), seeding.global_state()
         known = None if held is None else held["answers"]
-        index = 0 if held is None else int(held["patches"])
+        index = 0 if held is None else held["patches"]
+        assert isinstance(index, int)
         stream = self._stream(model, edits, known, index)
         seeding.seed_everything(seeding.derive(self.seed, self.name, index))
         try:
             return self._learnt(model, stream, held)
         except TrainingError as error:
             raise EditError(
-                f"{self.name}: '{edits[0].prompt}': {str(error).partition(':')[0]}: the model is as it was; lower the "
+                f"{self.name}: '{edits[0].prompt}': {re.split('[:;] ', str(error))[0]}; the model is as it was; lower the "
                 "editor's lr"
             ) from error
         finally:
@@ -153,9 +157,7 @@ class StrategyEditor(Editor):
             x[i, self.max_prompt : self.max_prompt + len(answer)] = torch.tensor(answer, dtype=torch.int32)
             y[i] = numbers.setdefault(tuple(x[i, self.max_prompt :].tolist()), len(numbers))
         data = TensorData(x, y, torch.full_like(y, index))
-        experience = Experience(
-            index, f"patch {index}", y.unique().tolist(), lambda: data, lambda: data, edits=edits
-        )
+        experience = Experience(index, f"patch {index}", y.unique().tolist(), lambda: data, lambda: data, edits=edits)
         return Stream(
             name="patches",
             experiences=(experience,),
@@ -199,7 +201,7 @@ class StrategyEditor(Editor):
                 return float((-found / (said != PAD).sum(1)).mean())
 
             first = loss()
-            trainer = Trainer(stream, learner, chain, config, seeding.derive(self.seed, "patch", experience.index))
+            trainer = Trainer(stream, learner, chain, config, self.seed)
             trainer.learn(experience)
             last = loss()
             prompt = experience.edits[0].prompt
@@ -249,12 +251,12 @@ class StrategyEditor(Editor):
         return built
 
     def _restore(self, learner: EngineLearner, chain: Chain, held: State | None) -> dict[str, LowRank]:
-        """Go on from what a patch held; returns what the adapters add, by path in the classifier, before they are trained."""
+        """Go on from what a patch held; returns what the adapters add before they are trained, by path in the classifier."""
         if held is None:
             return chain.adapters(learner) if self.adapt == "lora" else {}
         state: Any = held["learner"]
         weights = state["weights"] if self.adapt == "lora" else learner.learnt()
-        learner.load_state_dict({**state, "weights": weights, "optimizer": None})
+        learner.load_state_dict({**state, "weights": dict(weights), "optimizer": None})
         own: Any = held["strategy"]
         chain.load_state_dict(own)
         if self.adapt == "full":
