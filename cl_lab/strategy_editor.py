@@ -89,7 +89,7 @@ class StrategyEditor(Editor):
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
-        return {"lr": 0.02, "steps": 60}
+        return {"lr": 0.02, "steps": 40}
 
     @classmethod
     def wrap(cls, own: Mapping[str, Any], settings: Mapping[str, Any], path: str) -> StrategyEditor:

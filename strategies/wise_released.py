@@ -73,7 +73,7 @@ class WiseReleased(Editor):
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
-        return {"alpha": 0.5, "beta": 2.0, "gamma": 1.0, "rho": 0.5, "steps": 150, "beginnings": 0}
+        return {"alpha": 0.5, "beta": 2.0, "gamma": 1.0, "rho": 0.5, "steps": 40, "beginnings": 0}
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = edit_site(model, self.layer, self.module, 27 / 31)
