@@ -26,6 +26,7 @@ from cl_lab.protocols import ModelSpec
 from cl_lab.records import FlatLatent, Stream
 
 _TINY = "tiny"
+_TARGETS = "model.lora_targets"
 
 
 class CausalBackbone(Backbone):
@@ -289,7 +290,9 @@ class CausalLM(ModelSpec):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.requires_grad_(self.adapt == "full")
         if self.adapt == "lora":
-            self._add_adapters(model)
+            add_adapters(
+                model, self.lora_targets, rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout
+            )
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         prompt, answer = (stream.layout[part][0] for part in self.parts)
         room = None if context is None or self.weights == _TINY else context - longest
@@ -301,17 +304,20 @@ class CausalLM(ModelSpec):
             built.head.linear.weight.requires_grad_(False)
         return built
 
-    def _add_adapters(self, model: nn.Module) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
 
-        targets = linear_modules(model, self.lora_targets)
-        config = LoraConfig(
-            r=self.lora_rank,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            target_modules=targets,
-        )
-        inject_adapter_in_model(config, model)
+def add_adapters(
+    model: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, dropout: float = 0.0, place: str = _TARGETS
+) -> None:
+    """Give the linear layers of ``model`` that ``targets`` name (:func:`linear_modules`) low-rank adapters, by PEFT.
+
+    ``A`` is drawn from torch's global generator, ``B`` is zero; these are what wants a gradient then.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_modules(model, targets, place)
+    )
+    inject_adapter_in_model(config, model)
 
 
 def save_adapters(adapters: Mapping[str, LowRank], model: nn.Module, folder: Path, *, base: str = "") -> None:
@@ -385,10 +391,10 @@ def save_prompt(model: nn.Module, folder: Path, *, base: str = "") -> None:
     config.save_pretrained(str(folder))
 
 
-def linear_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+def linear_modules(model: nn.Module, patterns: Sequence[str], place: str = _TARGETS) -> list[str]:
     """Paths of the linear layers that ``patterns`` name: the last part of a path, or a whole path with wildcards.
 
-    Raises :class:`ConfigError` for a pattern that names none.
+    Raises :class:`ConfigError` for a pattern that names none; ``place`` is the knob that it stood in.
     """
     paths = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not _head_of(model)]
     found: dict[str, None] = {}
@@ -398,8 +404,7 @@ def linear_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         if not named:
             there = sorted({path.rpartition(".")[2] for path in paths})
             raise ConfigError(
-                f"model.lora_targets: '{pattern}' matches no linear layer{nearest(pattern, there)}; there are "
-                f"{', '.join(there)}"
+                f"{place}: '{pattern}' matches no linear layer{nearest(pattern, there)}; there are {', '.join(there)}"
             )
         found |= dict.fromkeys(named)
     return list(found)

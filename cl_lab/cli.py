@@ -128,7 +128,7 @@ def show(
     """Show every knob of a plug-in with its type, default and meaning."""
     import inspect
 
-    from cl_lab import knobs, registry
+    from cl_lab import registry
 
     plural = next((k for k in registry.KINDS if kind in (k, registry.singular(k))), None)
     if plural is None:
@@ -137,7 +137,7 @@ def show(
         _show_metric(name, as_json)
         return
     cls, _ = registry.load(plural, name)
-    rows = knobs.describe(cls)
+    rows = registry.describe(plural, name)
     if as_json:
         _print_json({"name": name, "knobs": rows})
         return

@@ -206,7 +206,8 @@ class _Patched:
         rows = self.editable.rows([(tokens, []) for tokens in texts])
         place = torch.arange(x.shape[1]) - (prompt - rows.prompt)[:, None]  # in its text, of each column of each row
         asked = (place >= rows.begin[:, None]) & (place < rows.until[:, None])
-        with self.editable.prompts(asked[:, backbone.columns(x.cpu())]):
+        columns = backbone.columns(x.cpu())
+        with self.editable.prompts(asked[:, columns], (x >= 0)[:, columns.to(x.device)]):
             logits: Tensor = self._head(backbone(x), batch.t)
         return logits
 

@@ -56,6 +56,11 @@ class Rows:
         return (place >= self.begin[:, None]) & (place < self.until[:, None])
 
     @property
+    def read(self) -> Tensor:
+        """``[B, T]`` bool: the places that have a token."""
+        return torch.arange(self.ids.shape[1])[None] < self.length[:, None]
+
+    @property
     def said(self) -> Tensor:
         """``[B, T]`` bool: the places whose logits are for a token of the answer, one before each."""
         place = torch.arange(self.ids.shape[1])[None] + 1
@@ -116,6 +121,7 @@ class EditableModel:
         self.layers_path, self.layers = _layers(model, name)
         self._sites: dict[str, Site] = {}
         self._asked: Tensor | None = None
+        self._read: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -128,16 +134,23 @@ class EditableModel:
 
         No tensor is copied, and a pass that this model is in, in another thread, goes on undisturbed.
         """
-        hooks = list(self.side.values())
-        shared = [*self.model.parameters(), *self.model.buffers(), *hooks]
-        model = deepcopy(self.model, {id(part): part for part in shared})
-        for module in model.modules():
-            _drop_hooks(module, hooks)
-        made = EditableModel(model, self.tokenizer, self.name)
+        made = EditableModel(self._copied([*self.model.parameters(), *self.model.buffers()]), self.tokenizer, self.name)
         made.patches, made.base, made.sums = list(self.patches), dict(self.base), dict(self.sums)
         made.memo, made.origin = self.memo, self.origin
         made.side = {name: hook.twin(made) for name, hook in self.side.items()}
         return made
+
+    def copied(self) -> Any:
+        """A copy of the model with the weights as they stand, without what answers for some prompts only."""
+        return self._copied([])
+
+    def _copied(self, shared: Sequence[Tensor]) -> Any:
+        """A copy that has ``shared`` in common with the model, and none of the hooks on it."""
+        hooks = list(self.side.values())
+        model = deepcopy(self.model, {id(part): part for part in [*shared, *hooks]})
+        for module in model.modules():
+            _drop_hooks(module, hooks)
+        return model
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
@@ -242,7 +255,7 @@ class EditableModel:
         found = []
         for first in range(0, len(rows), batch_size):
             some = rows.take(slice(first, first + batch_size))
-            with self.prompts(some.asked):
+            with self.prompts(some.asked, some.read):
                 h = self.decoder(input_ids=some.ids.to(self.device), use_cache=False).last_hidden_state
             found.append(self.project(h[some.said.to(self.device)]).cpu())
         return torch.cat(found)
@@ -263,7 +276,7 @@ class EditableModel:
         found: dict[str, list[Tensor]] = {site.path: [] for site in sites}
         for first in range(0, len(rows), batch_size):
             some = rows.take(slice(first, first + batch_size))
-            with _listening(sites, stop=True) as heard, self.prompts(some.asked), suppress(_AllHeard):
+            with _listening(sites, stop=True) as heard, self.prompts(some.asked, some.read), suppress(_AllHeard):
                 self.decoder(input_ids=some.ids.to(self.device), use_cache=False)
             for site in sites:
                 kept = heard[site.path].float().cpu()
@@ -286,7 +299,9 @@ class EditableModel:
         if from_prompt_end and int((rows.until - 1).max()):
             rows, more = self._read_heads(rows)
             ids, past = rows.ids[:, :-1], _Past(more["past_key_values"])  # nothing follows a text's last token
-        with ExitStack() as hooks, _listening([site]) as inputs, self.prompts(rows.asked[:, : ids.shape[1]]):
+        width = ids.shape[1]
+        asked, read = rows.asked[:, :width], rows.read[:, :width]
+        with ExitStack() as hooks, _listening([site]) as inputs, self.prompts(asked, read):
             for module in some:
                 hooks.enter_context(
                     module.register_forward_pre_hook(
@@ -312,7 +327,7 @@ class EditableModel:
         before = torch.arange(most)[None] - (most - head)[:, None]
         there, before = before >= 0, before.clamp(min=0)
         read = torch.where(there, rows.ids.gather(1, before), 0)
-        with self.prompts(there & rows.asked.gather(1, before)):
+        with self.prompts(there & rows.asked.gather(1, before), there):
             self.decoder(
                 input_ids=read.to(self.device),
                 attention_mask=there.long().to(self.device),
@@ -331,29 +346,34 @@ class EditableModel:
         return some, {k: v.to(self.device) for k, v in more.items()} | {"past_key_values": cache, "use_cache": True}
 
     @contextmanager
-    def prompts(self, asked: Tensor) -> Iterator[None]:
-        """Say which tokens ``[B, T]`` bool of the batch to come are prompts, for what routes by them."""
-        before, self._asked = self._asked, asked.to(self.device)
+    def prompts(self, asked: Tensor, read: Tensor) -> Iterator[None]:
+        """Say which places ``[B, T]`` bool of the batch to come are prompts and which have a token, for what routes."""
+        before = self._asked, self._read
+        self._asked, self._read = asked.to(self.device), read.to(self.device)
         try:
             yield
         finally:
-            self._asked = before
+            self._asked, self._read = before
 
     @property
     def asked(self) -> Tensor | None:
         """Which tokens of the batch in progress are prompts, where it was said."""
         return self._asked
 
+    @property
+    def there(self) -> Tensor | None:
+        """Which places of the batch in progress have a token, where it was said."""
+        return self._read
+
     @contextmanager
     def unrouted(self) -> Iterator[None]:
         """Run the block without what answers for some prompts only; changed weights stay."""
-        for hook in self.side.values():
-            hook.pause(True)
+        before = [(hook, hook.pause(True)) for hook in self.side.values()]
         try:
             yield
         finally:
-            for hook in self.side.values():
-                hook.pause(False)
+            for hook, paused in before:  # one block may lie in another
+                hook.pause(paused)
 
     @contextmanager
     def unpatched(self) -> Iterator[None]:
@@ -507,7 +527,7 @@ class Batch:
             ids[i, first:], mask[i, first:] = torch.tensor(p.ids), 1
             asked[i, first + p.begin : first + p.until] = 1
         cache = new_cache()
-        with self.model.prompts(asked.bool()), self._routed(None):
+        with self.model.prompts(asked.bool(), mask.bool()), self._routed(None):
             logits = self._pass(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
             routes = {name: hook.route for name, hook in self.model.side.items()}
         if self._by:
@@ -525,7 +545,8 @@ class Batch:
         """Logits ``[B, vocabulary]`` float32 of what follows ``tokens`` ``[B]``, the next of each row."""
         place = torch.arange(self._width + 1)[None]
         mask, where = (place >= self._start[:, None]).long(), (self._width - self._start)[:, None]
-        with self.model.prompts(torch.zeros(len(self), 1, dtype=torch.bool)), self._routed(self._routes):
+        said = torch.ones(len(self), 1, dtype=torch.bool)
+        with self.model.prompts(~said, said), self._routed(self._routes):
             return self._pass(tokens[:, None], mask, where, self._cache)
 
     def keep(self, rows: Sequence[int]) -> None:

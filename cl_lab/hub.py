@@ -450,6 +450,23 @@ def tiny_causal_lm(
     return made
 
 
+def activation(config: Any) -> Callable[[Tensor], Tensor]:
+    """The function inside a model's feed-forward parts, as its ``config`` names it (``silu``).
+
+    Raises :class:`ConfigError` where it names none.
+    """
+    _transformers()
+    name = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    known = importlib.import_module("transformers.activations").ACT2FN
+    if name not in known:
+        raise ConfigError(
+            f"the model's config names no known activation (hidden_act = {name!r}); use a Llama, Qwen, Mistral, GPT-2, "
+            "GPT-J or GPT-NeoX model"
+        )
+    found: Callable[[Tensor], Tensor] = known[name]
+    return found
+
+
 def _read_gguf(file: Path) -> Any:
     """The model in ``file``, dequantised to float32, as if it had never been quantised: it can be trained and saved."""
     _need_gguf(f"model '{file}'")

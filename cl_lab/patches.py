@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from cl_lab.errors import ConfigError, DataError, nearest
 from cl_lab.files import write_atomically
+from cl_lab.hub import activation
 
 if TYPE_CHECKING:
     from cl_lab.editable import EditableModel, Site
@@ -118,7 +120,7 @@ class Patch:
 
 def kinds() -> dict[str, type[Patch]]:
     """Every kind of patch, by its name."""
-    return {cls.kind: cls for cls in (WeightPatch, SidePatch, KeyPatch, PromptPatch)}
+    return {cls.kind: cls for cls in (WeightPatch, SidePatch, ReleasedSidePatch, KeyPatch, PromptPatch)}
 
 
 def remade(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Patch:
@@ -300,9 +302,10 @@ class Routed:
         cache = kwargs.get("past_key_values")
         self._begins = cache is None or cache.get_seq_length() == 0
 
-    def pause(self, on: bool) -> None:
-        """Add nothing until this is said again."""
-        self._paused = on
+    def pause(self, on: bool) -> bool:
+        """Add nothing until this is said again; returns what was said before."""
+        before, self._paused = self._paused, on
+        return before
 
     def hold(self, on: bool, route: Tensor | None = None) -> None:
         """Keep ``route``, or else the next choice, until this is said again."""
@@ -316,6 +319,15 @@ class Routed:
     def answering(self, which: int) -> Sequence[Patch]:
         """The patches behind a choice; none behind −1."""
         raise NotImplementedError
+
+    def deciding(self, inputs: Tensor) -> Tensor | None:
+        """The tokens ``[B, T]`` bool of ``inputs`` ``[B, T, in]`` to choose by; ``None`` where the last choice holds."""
+        asked = self.model.asked
+        if self._route is not None and len(self._route) == len(inputs):
+            fresh = not self._holding if asked is not None else self._begins
+            if not fresh:
+                return None
+        return asked if asked is not None and asked.shape == inputs.shape[:2] else _all(inputs)
 
     def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
         """The choice ``[B]`` int64, from ``inputs`` ``[B, T, in]`` and which of them are prompt ``[B, T]`` bool."""
@@ -332,11 +344,8 @@ class Routed:
         flat = inputs.dim() == 2
         if flat:
             inputs = inputs[None]
-        asked, fresh = self.model.asked, True
-        if self._route is not None and len(self._route) == len(inputs):
-            fresh = not self._holding if asked is not None else self._begins
-        if fresh:
-            asked = asked if asked is not None and asked.shape == inputs.shape[:2] else _all(inputs)
+        asked = self.deciding(inputs)
+        if asked is not None:
             self._route = self.choose(inputs, asked)
         else:
             asked = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
@@ -416,12 +425,14 @@ class SidePatch(Patch):
             )
 
     def _rebuild(self, model: EditableModel, *, added: bool = False) -> None:
-        mine = [p for p in model.patches if isinstance(p, SidePatch) and p.path == self.path]
-        hook: SideMemory | None = _hang(
-            model, f"side-memory:{self.path}", bool(mine), lambda: SideMemory(model, model.site(self.path))
-        )
+        mine = [p for p in model.patches if type(p) is type(self) and p.path == self.path]
+        hook: SideMemory | None = _hang(model, f"{self.kind}:{self.path}", bool(mine), lambda: self.memory(model))
         if hook is not None:
             hook.set(mine)
+
+    def memory(self, model: EditableModel) -> SideMemory:
+        """The hook that answers with patches of this kind."""
+        return SideMemory(model, model.site(self.path))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"places": self.places, "values": self.values}
@@ -460,11 +471,11 @@ class SideMemory(Routed):
             of.setdefault(patch.shard, []).append(patch)
         known = self._made
         self._made = {
-            shard: known[shard] if shard in known and known[shard][0] == own else (own, shard_change(own, self.site))
+            shard: known[shard] if shard in known and known[shard][0] == own else (own, self.whole_change(own))
             for shard, own in sorted(of.items())
         }
         self.changes = {shard: change for shard, (_, change) in self._made.items()}
-        self.thresholds = {shard: threshold(own) for shard, (own, _) in self._made.items()}
+        self.thresholds = {shard: self.threshold(own) for shard, (own, _) in self._made.items()}
         if patches and patches[-1].merge and len(self.changes) > 1:
             self.changes = {0: ties(list(self.changes.values()))}
             self.thresholds = {0: min(self.thresholds.values())}
@@ -473,6 +484,14 @@ class SideMemory(Routed):
     def answering(self, which: int) -> Sequence[Patch]:
         merged = self.changes.keys() != self._made.keys()
         return [p for shard, (own, _) in self._made.items() if which >= 0 and (merged or shard == which) for p in own]
+
+    def whole_change(self, patches: Sequence[Any]) -> Tensor:
+        """``W' − W`` ``[out, in]`` of a shard with these patches."""
+        return shard_change(patches, self.site)
+
+    def threshold(self, patches: Sequence[Any]) -> float:
+        """The gap from which a shard with these patches answers."""
+        return threshold(patches)
 
     def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
         shards = list(self.changes)
@@ -526,6 +545,89 @@ def threshold(patches: Sequence[SidePatch]) -> float:
     But not below what unrelated prompts reach (``floor``), of which a stated share may be wrong.
     """
     return max(0.7 * patches[-1].gap, patches[-1].floor, 1e-12)
+
+
+@dataclass(eq=False)
+class ReleasedSidePatch(SidePatch):
+    """What one edit added to a side memory that answers as WISE's released code does (:class:`ReleasedMemory`).
+
+    ``gap`` is the edit's, the mean over the rows it was trained on; a memory answers from ``ratio`` times the least of its
+    edits. Entries outside the mask are ``decay`` times what they were: the optimiser's weight decay knows no mask.
+    """
+
+    kind: ClassVar[str] = "side-memory-released"
+
+    ratio: float = 0.88
+    decay: float = 1.0
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"ratio": self.ratio, "decay": self.decay}
+
+    def memory(self, model: EditableModel) -> SideMemory:
+        return ReleasedMemory(model, model.site(self.path))
+
+
+class ReleasedMemory(SideMemory):
+    """Side memories as WISE's released code consults them (EasyEdit 14cea82, ``models/wise/WISE.py``), in mode Retrieve.
+
+    The gap is that of *activations of the layer's output*, ``‖σ(W'a) − σ(Wa)‖₂``, the mean over all tokens of a pass that
+    are there, template, first token and given answer too; of a pass of more than 100 tokens the greatest. Every pass decides
+    anew: while an answer is written, each token of it. The newest memory answers if its gap reaches its threshold; an older
+    one takes over if its gap reaches its own and is greater than that of the newest and of those before it, *whether or not
+    these reach theirs*. The memory acts on the whole pass.
+    """
+
+    def __init__(self, model: EditableModel, site: Site) -> None:
+        super().__init__(model, site)
+        self._activation = activation(model.model.config)
+
+    def whole_change(self, patches: Sequence[Any]) -> Tensor:
+        return released_change(patches, self.site)
+
+    def threshold(self, patches: Sequence[Any]) -> float:
+        return float(patches[-1].ratio * min(p.gap for p in patches))
+
+    def deciding(self, inputs: Tensor) -> Tensor | None:
+        read = self.model.there
+        return read if read is not None and read.shape == inputs.shape[:2] else _all(inputs)
+
+    def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
+        newest, *older = sorted(self.changes, key=lambda shard: (shard != max(self.changes), shard))
+        best = self.gap(newest, inputs, asked)
+        found = torch.where(best >= self.thresholds[newest], newest, -1)
+        for shard in older:
+            gap = self.gap(shard, inputs, asked)
+            takes = (gap > best) & (gap > self.thresholds[shard])
+            found, best = torch.where(takes, shard, found), torch.where(takes, gap, best)
+        return found
+
+    def gap(self, shard: int, inputs: Tensor, read: Tensor) -> Tensor:
+        """``D`` ``[B]`` of a memory, from ``inputs`` ``[B, T, in]`` and which of them are tokens ``[B, T]`` bool."""
+        change = self.changes[shard]
+        out = self.site.module.forward(inputs).to(change.dtype)  # without the hook, which is this one
+        length = token_gaps(out, inputs.to(change.dtype) @ change.T, self._activation) * read
+        count = read.sum(1).clamp(min=1)
+        return torch.where(count > 100, length.amax(1), length.sum(1) / count)
+
+    def change(self, inputs: Tensor, which: int, asked: Tensor) -> Tensor:
+        memory = self.changes[which]
+        return inputs.to(memory.dtype) @ memory.T
+
+
+def token_gaps(out: Tensor, more: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """``‖σ(out + more) − σ(out)‖₂`` of each token ``[B, T]``, of outputs ``[B, T, out]``."""
+    length: Tensor = (act(out + more) - act(out)).norm(dim=2)
+    return length
+
+
+def released_change(patches: Sequence[ReleasedSidePatch], site: Site) -> Tensor:
+    """``W' − W`` ``[out, in]`` float32 of one shard, with what weight decay did to the entries outside its mask."""
+    change = shard_change(patches, site)
+    if patches:
+        mask = unpacked(patches[0].places, change.numel()).view(change.shape).to(change.device)
+        left = math.prod(p.decay for p in patches)
+        change = torch.where(mask, change, (left - 1) * site.weight.float())
+    return change
 
 
 def ties(changes: Sequence[Tensor], density: float = 0.53) -> Tensor:

@@ -305,6 +305,8 @@ class Editor:
     """Whether taking one patch away leaves the answers of all others as they were."""
     folds: ClassVar[bool] = False
     """Whether its patches are changes of weights, so that an edited model can be saved as a plain one."""
+    routes_once: ClassVar[bool] = True
+    """Whether it is decided once, by the prompt alone, whether a patch answers; an answer given beforehand says nothing."""
     by_subject: ClassVar[bool] = False
     """Whether it writes at the subject's last token: an edit must name its subject as it stands in the prompt."""
 

@@ -97,6 +97,8 @@ def load(kind: str, name: str) -> tuple[type, dict[str, Any]]:
         known = [*points, *_entry_points("editors")] if kind == "strategies" else points
         if name in known:
             raise PluginError(f"'{name}' is an editor, which a run takes as a strategy; see cl-lab show editor {name}")
+        if kind == "editors" and name in _entry_points("strategies"):
+            raise PluginError(f"'{name}' is a strategy, which edits as editor {_STRATEGY}:{name}")
         raise PluginError(f"unknown {singular(kind)} '{name}'{nearest(name, known)}")
     try:
         cls = point.load()
@@ -117,12 +119,15 @@ def create(kind: str, config: Mapping[str, Any], path: str) -> Any:
     """An instance of the plug-in that ``config["name"]`` names, its knobs validated; ``path`` is where the config stood.
 
     Among strategies an editor may be named, too (``wise``, or ``editor:wise`` where a strategy has its name): what comes is
-    an :class:`~cl_lab.edit_strategy.EditorStrategy`, whose knobs stand beside the editor's.
+    an :class:`~cl_lab.edit_strategy.EditorStrategy`, whose knobs stand beside the editor's. Among editors ``strategy:ewc``
+    is a strategy that edits, a :class:`~cl_lab.strategy_editor.StrategyEditor`, whose knobs stand beside the strategy's.
     """
     from cl_lab import knobs
 
     if kind == "strategies" and (editor := _editor(config["name"])) is not None:
         return _editor_as_strategy(editor, config, path)
+    if kind == "editors" and _strategy(config["name"]) is not None:
+        return _strategy_as_editor(config, path)
     values = dict(config)
     cls, preset = load(kind, values.pop("name"))
     for key in preset:
@@ -151,13 +156,50 @@ def _editor(name: str) -> str | None:
 
 
 def _editor_as_strategy(name: str, config: Mapping[str, Any], path: str) -> Any:
-    from cl_lab import knobs
     from cl_lab.edit_strategy import EditorStrategy
 
-    ours = {field.name for field in knobs.public_fields(EditorStrategy)}
-    own = {key: value for key, value in config.items() if key in ours}
-    rest = {key: value for key, value in config.items() if key not in ours}
+    own, rest = _parted(EditorStrategy, config)
     return EditorStrategy.wrap(create("editors", {**rest, "name": name}, path), config["name"], own, path)
+
+
+_STRATEGY = "strategy"
+
+
+def _strategy(name: str) -> str | None:
+    """The strategy that ``name`` means among editors; ``None`` where it means an editor."""
+    head, colon, rest = name.partition(":")
+    return rest if head == _STRATEGY and colon else None
+
+
+def _strategy_as_editor(config: Mapping[str, Any], path: str) -> Any:
+    cls: Any = load("editors", config["name"])[0]
+    if cls.argument in config:
+        raise ConfigError(f"{path}.{cls.argument}: given twice, in the name '{config['name']}' and as a key; keep one")
+    own, rest = _parted(cls, config)
+    del rest["name"]
+    return cls.wrap({**own, cls.argument: _strategy(config["name"])}, rest, path)
+
+
+def _parted(cls: type, config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What in ``config`` are knobs of ``cls``, and the rest."""
+    from cl_lab import knobs
+
+    ours = {field.name for field in knobs.public_fields(cls)}
+    return {k: v for k, v in config.items() if k in ours}, {k: v for k, v in config.items() if k not in ours}
+
+
+def describe(kind: str, name: str) -> list[dict[str, Any]]:
+    """The knobs that ``name`` takes (:func:`cl_lab.knobs.describe`); of ``strategy:ewc`` the strategy's behind the editor's.
+
+    Raises as :func:`load` does.
+    """
+    from cl_lab import knobs
+
+    cls, preset = load(kind, name)
+    rows = [row for row in knobs.describe(cls) if row["name"] not in preset]
+    if kind == "editors" and (strategy := _strategy(name)) is not None:
+        rows += knobs.describe(load("strategies", strategy)[0])
+    return rows
 
 
 def singular(kind: str) -> str:

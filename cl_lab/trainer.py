@@ -179,7 +179,7 @@ class Trainer:
             self.observer.scored(self.record)
         for experience in self.stream.experiences[self._position.experience :]:
             with self._timed("train_seconds"):
-                self._learn(experience)
+                self.learn(experience)
             row, valid = self._score()
             self.record.matrix.append(row)
             if valid:
@@ -197,7 +197,8 @@ class Trainer:
             self.observer.scored(self.record)
         return self.record
 
-    def _learn(self, experience: Experience) -> None:
+    def learn(self, experience: Experience) -> None:
+        """Train on one experience, from where the run stands in it, with all of the strategy's hooks; nothing is scored."""
         strategy, learner, told = self.strategy, self.learner, self.stream.boundaries
         t = self.config.training.at(experience.index)
         if not self._position.begun:

@@ -92,11 +92,13 @@ class Wise(Editor):
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = edit_site(model, self.layer, self.module, 0.76)
         check_plain_residual(model, site)
-        there = [p for p in model.patches if isinstance(p, SidePatch) and p.path == site.path]
-        shard, count = self._place(there)
+        there = [p for p in model.patches if type(p) is SidePatch and p.path == site.path]
+        shard, count = place_in_shards(there, self.edits_per_shard)
         own = [p for p in there if p.shard == shard]
         before = shard_change(own, site)
-        mask = unpacked(own[0].places, before.numel()) if own else self._mask(before.numel(), shard)
+        mask = (
+            unpacked(own[0].places, before.numel()) if own else shard_mask(before.numel(), self.rho, shard, self.seed)
+        )
         free = mask.nonzero().squeeze(1).to(before.device)
 
         chat = self.chat and model.tokenizer.can_chat
@@ -127,16 +129,6 @@ class Wise(Editor):
             floor=float(kept.gap(change).quantile(1 - self.false_positives)),
             merge=self.mode == "merge",
         )
-
-    def _place(self, there: Sequence[SidePatch]) -> tuple[int, int]:
-        """The shard that the next edits go to, and how many edits it has."""
-        shard = max((p.shard for p in there), default=0)
-        count = sum(int(p.notes.get("edits", 1)) for p in there if p.shard == shard)
-        return (shard, count) if count < self.edits_per_shard else (shard + 1, 0)
-
-    def _mask(self, size: int, shard: int) -> Tensor:
-        """The entries that shard may change: a ``rho`` share, drawn for each; they overlap, as the paper found best."""
-        return torch.rand(size, generator=seeding.generator(self.seed, "wise", "mask", shard)) < self.rho
 
     def _rehearsed(self, model: EditableModel, site: Site, held: Sequence[Edit], shard: int, chat: bool) -> list[Above]:
         """The shard's earlier edits, ``replay`` at a time; those that are complete are read once for a shard's life."""
@@ -188,7 +180,7 @@ class Wise(Editor):
             gap, far = asked.gap(change), away.drawn(self.sampled, drawn).gap(change)
             if near is not None:
                 far = torch.cat([far, near.gap(change)])
-            margin = _over(far - alpha) + _over(beta - gap) + _over(gamma - (gap[:, None] - far))
+            margin = over(far - alpha) + over(beta - gap) + over(gamma - (gap[:, None] - far))
             loss = answers + self.margin / unit * margin
             if old:
                 more, sure[turn] = said(old[turn], change)
@@ -198,6 +190,18 @@ class Wise(Editor):
 
         notes = descend(losses, optimizer, self.steps, f"wise: '{edits[0].prompt}'")
         return values.detach(), notes
+
+
+def place_in_shards(there: Sequence[SidePatch], size: int) -> tuple[int, int]:
+    """The shard that the next edits go to, and how many edits it has; ``size`` edits fill one."""
+    shard = max((p.shard for p in there), default=0)
+    count = sum(int(p.notes.get("edits", 1)) for p in there if p.shard == shard)
+    return (shard, count) if count < size else (shard + 1, 0)
+
+
+def shard_mask(size: int, rho: float, shard: int, seed: int) -> Tensor:
+    """The entries that a shard may change: a ``rho`` share, drawn for each; they overlap, as the paper found best."""
+    return torch.rand(size, generator=seeding.generator(seed, "wise", "mask", shard)) < rho
 
 
 @dataclass
@@ -275,7 +279,7 @@ def _with(before: Tensor, free: Tensor, values: Tensor) -> Tensor:
     return before.flatten().index_add(0, free, values).view(before.shape)
 
 
-def _over(excess: Tensor) -> Tensor:
+def over(excess: Tensor) -> Tensor:
     """The mean of what exceeds 0, over those that do, as in the released code; 0 where none does."""
     over = excess.clamp(min=0)
     return over.sum() / (over.detach() > 0).sum().clamp(min=1)

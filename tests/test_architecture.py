@@ -47,7 +47,7 @@ LAYERS = [
         "cl_lab.results",
     },
     {"cl_lab.learner", "cl_lab.tracking", "cl_lab.reporting", "cl_lab.doctor"},
-    {"cl_lab.editing", "cl_lab.trainer"},
+    {"cl_lab.editing", "cl_lab.strategy_editor", "cl_lab.trainer"},
     {"cl_lab.deployment", "cl_lab.experiment", "cl_lab.known_facts"},
     {"cl_lab.edit_worker"},
     {"cl_lab.serving"},

@@ -143,6 +143,29 @@ def own_settings(name: str) -> dict[str, Any]:
     return {"name": name, **cls.conformance_knobs()}
 
 
+STRATEGIES_AS_EDITORS: dict[str, dict[str, Any]] = {
+    "naive": {},
+    "ewc": {"fisher": "batched", "strength": 1.0},
+    "replay": {"memory": 20},
+}
+"""Strategies that the suites run as editors, with what a strategy needs there."""
+
+
+def editor_names() -> list[str]:
+    """Every editor by the name that a configuration has, with some strategies for the one that takes any."""
+    return [
+        full
+        for name in registry.names("editors")
+        for full in ([f"{name}:{s}" for s in STRATEGIES_AS_EDITORS] if name == "strategy" else [name])
+    ]
+
+
+def editor_knobs(name: str) -> dict[str, Any]:
+    """The knobs that the editor ``name`` gave itself for tests."""
+    knobs: dict[str, Any] = registry.load("editors", name)[0].conformance_knobs()
+    return knobs | STRATEGIES_AS_EDITORS.get(name.partition(":")[2], {})
+
+
 TRAINING = {"epochs": 3, "batch_size": 10, "lr": 0.1}
 HARD: dict[str, Any] = {
     "training": {

@@ -15,7 +15,7 @@ import torch
 import toys
 from torch import Tensor
 
-from cl_lab import hub, knobs, registry
+from cl_lab import hub, registry
 from cl_lab.edit_scores import ask, scores
 from cl_lab.editable import EditableModel
 from cl_lab.errors import ConfigError, EditError
@@ -23,7 +23,7 @@ from cl_lab.facts import Edit, Probe
 from cl_lab.patches import Patch, WeightPatch, load_patch
 from cl_lab.protocols import Editor
 
-NAMES = registry.names("editors")
+NAMES = toys.editor_names()
 every = pytest.mark.parametrize("name", NAMES)
 BYTES = hub.load_tokenizer("bytes")
 EDITS = [
@@ -45,9 +45,7 @@ def editor_class(name: str) -> type[Editor]:
 
 
 def editor(name: str, **more: Any) -> Editor:
-    made: Editor = registry.create(
-        "editors", {"name": name, **editor_class(name).conformance_knobs(), **more}, "editor"
-    )
+    made: Editor = registry.create("editors", {"name": name, **toys.editor_knobs(name), **more}, "editor")
     return made
 
 
@@ -110,8 +108,8 @@ def test_says_what_it_is(name: str) -> None:
     first = (cls.__doc__ or "").partition("\n")[0]
     assert first
     assert not first.startswith(f"{cls.__name__}("), "a docstring of its own, not the dataclass's"
-    assert {"name": name, "summary": first} in registry.summaries("editors")
-    for knob in knobs.describe(cls):
+    assert {"name": name.partition(":")[0], "summary": first} in registry.summaries("editors")
+    for knob in registry.describe("editors", name):
         assert knob["doc"], f"{name}.{knob['name']} has no documentation"
         assert knob["type"] not in ("Any", "object"), f"{name}.{knob['name']} takes anything"
 
@@ -257,7 +255,7 @@ def test_what_is_removable_leaves_all_others_as_they_were(name: str) -> None:
 
 
 def skip_unless_it_trains(name: str) -> None:
-    if "lr" not in {k["name"] for k in knobs.describe(editor_class(name))}:
+    if "lr" not in {k["name"] for k in registry.describe("editors", name)}:
         pytest.skip(f"{name} trains nothing")
 
 
@@ -290,7 +288,7 @@ def test_a_loss_that_is_not_finite_is_told_on_one_line(name: str) -> None:
 
 @every
 def test_a_place_that_is_not_there_is_told_on_one_line(name: str) -> None:
-    known = {k["name"] for k in knobs.describe(editor_class(name))}
+    known = {k["name"] for k in registry.describe("editors", name)}
     model = editable()
     for knob, value, part in (("layer", 99, "layer"), ("module", "model.layers.1.mlp.up", "model.layers.1.mlp.up")):
         if knob in known:
