@@ -754,7 +754,9 @@ def _preview_table(prompt: str, seen: Mapping[str, Any]) -> Any:
         table.add_row(row["prompt"], row["before"], f"{row['after']} (moved)")
     table.caption = (
         f"{len(seen['moved'])} of {seen['asked_aside']} other answers moved; perplexity × {seen['perplexity']:.3f}; "
-        f"{seen['seconds']:.1f} s; answers {seen['fires']}" + "".join(f"\nbroken: {line}" for line in seen["broken"])
+        f"{seen['seconds']:.1f} s; answers {seen['fires']}"
+        + "".join(f"\nbroken: {line}" for line in seen["broken"])
+        + "".join(f"\nlook: {line}" for line in seen["suspects"])
     )
     return table
 

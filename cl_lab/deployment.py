@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_lab import edit_scores, hub, registry
+from cl_lab import edit_scores, hub, names, registry
 from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, EditError
-from cl_lab.facts import Edit, conflicts
+from cl_lab.facts import Edit, conflicts, suspects
 from cl_lab.files import sync_folder, write_atomically
 from cl_lab.patches import Delta, Patch, WeightPatch, load_patch
 from cl_lab.probe_texts import QUESTIONS
@@ -267,12 +267,15 @@ class Deployment:
     ) -> tuple[Patch, dict[str, Any]]:
         """A patch for ``edits`` on ``model``, which stays as it is, and what it would do (:func:`preview`).
 
+        ``suspects`` says which edits in force it may contradict in other words.
+
         Raises :class:`EditError` where it contradicts an edit in force, and what the editor raises.
         """
         earlier = [edit for identifier in self.active() for edit in self.edits(identifier)]
         self._refuse_conflicts(edits, earlier)
         editor = registry.create("editors", self.document["editor"], "editor")
-        return preview(model, editor, edits, earlier, self.guards(), self.document["gates"], chat=chat)
+        patch, seen = preview(model, editor, edits, earlier, self.guards(), self.document["gates"], chat=chat)
+        return patch, seen | {"suspects": [conflict.why for conflict in suspects(edits, earlier)]}
 
     def apply(self, model: EditableModel, patch: Patch, edits: Sequence[Edit], *, forced: bool = False) -> str:
         """Write an edit down and lay it on ``model``; returns its id. Call it inside :meth:`changing`.
@@ -522,7 +525,9 @@ def preview(
 ) -> tuple[Patch, dict[str, Any]]:
     """A patch for ``edits`` and what it does: answers before and after, what moved, and which gates it breaks.
 
-    The model is as it was afterwards. ``broken`` has one line for each gate; each of ``answers`` says what was asked, wanted
+    The model is as it was afterwards. Asked are the edits' own questions and paraphrases, and beside them the ``guards``,
+    the edits' probes, and the same of other subjects like theirs (:func:`others`).
+    ``broken`` has one line for each gate; each of ``answers`` says what was asked, wanted
     and said. Raises :class:`EditError` as the editor does.
     """
     start = time.perf_counter()
@@ -530,9 +535,9 @@ def preview(
     seconds = time.perf_counter() - start
     asked = [(e.prompt, e) for e in edits]
     other = [(p, e) for e in edits for p in (e.paraphrases or [form.format(e.prompt) for form in PARAPHRASES])]
-    local = list(
-        dict.fromkeys(p.prompt for e in edits for name in edit_scores.LOCAL for p in edit_scores.GROUPS[name](e))
-    )
+    local = [p.prompt for e in edits for name in edit_scores.LOCAL for p in edit_scores.GROUPS[name](e)]
+    taken = {e.prompt for e in earlier}  # one that was corrected itself is no other subject
+    local += [prompt for e in edits for prompt in others(model, e) if prompt not in taken]
     kept = list(dict.fromkeys([*guards, *local]))
     prompts = [p for p, _ in asked + other] + kept
     before, nats = model.answer(prompts, max_new_tokens=edit_scores.BUDGET, chat=chat), edit_scores.perplexity(model)
@@ -582,6 +587,13 @@ def preview(
         "broken": broken,
         "seconds": seconds,
     }
+
+
+def others(model: EditableModel, edit: Edit, number: int = 6) -> list[str]:
+    """What an edit asks, of the subjects most like its own; nothing where its subject is not known or not in the prompt."""
+    if not edit.subject or edit.subject not in edit.prompt:
+        return []
+    return [edit.prompt.replace(edit.subject, name) for name in names.alike(model, edit.subject, number, names.ASKED)]
 
 
 def weights_digest(model: EditableModel) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_lab import seeding
+from cl_lab import names, seeding
 from cl_lab.editable import EditableModel, Site
 from cl_lab.errors import ConfigError, EditError
 from cl_lab.facts import Edit
@@ -101,12 +101,20 @@ SUBJECTS = (
 )
 
 
-def neighbours(edit: Edit, number: int) -> list[str]:
-    """The edit's prompt with other subjects in place of its own; none where its subject is not known or not in it."""
-    if not edit.subject or edit.subject not in edit.prompt:
-        return []
+def neighbours(model: EditableModel, edit: Edit, number: int) -> tuple[list[str], list[str]]:
+    """The edit's prompt with other subjects in place of its own: ``number`` to train with, and a few to judge by.
+
+    Of the former half are made up and half real, those most like its own; the latter are as like it, and others. None where
+    its subject is not known or not in the prompt.
+    """
+    if not edit.subject or edit.subject not in edit.prompt or not number:
+        return [], []
     order = seeding.permutation(len(SUBJECTS), 0, "neighbours", edit.prompt).tolist()
-    return [edit.prompt.replace(edit.subject, SUBJECTS[i]) for i in order[:number] if SUBJECTS[i] != edit.subject]
+    trained = names.alike(model, edit.subject, number - number // 2, names.TRAINED)
+    trained += [SUBJECTS[i] for i in order if SUBJECTS[i] != edit.subject]
+    judged = names.alike(model, edit.subject, 8, names.JUDGED)
+    with_others = [[edit.prompt.replace(edit.subject, other) for other in some] for some in (trained[:number], judged)]
+    return with_others[0], with_others[1]
 
 
 def unrelated_prompts() -> list[str]:

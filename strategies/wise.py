@@ -52,14 +52,14 @@ class Wise(Editor):
     )
     module: str | None = knob(None, "dotted path of the module instead, for a model whose parts are not found")
     mode: Literal["retrieve", "merge"] = knob("retrieve", "one memory for each shard, or all merged into one")
-    rho: float = knob(0.2, "ρ, the share of entries that a shard's mask leaves free", gt=0, le=1)
+    rho: float = knob(0.5, "ρ, the share of entries that a shard's mask leaves free", gt=0, le=1)
     edits_per_shard: int = knob(
         1, "edits before the next shard begins; the paper's is 500, for models 4,096 wide", ge=1
     )
     alpha: float = knob(0.1, "α in units of the layer's own output: unrelated prompts stay below", ge=0)
     beta: float = knob(0.4, "β likewise: edits reach this", gt=0)
     gamma: float = knob(0.3, "γ likewise: edits stay this far above unrelated prompts", ge=0)
-    margin: float = knob(2.0, "weight of the margin, in those units, beside the cross-entropy", gt=0)
+    margin: float = knob(8.0, "weight of the margin, in those units, beside the cross-entropy", gt=0)
     optimizer: Literal["adam", "sgd"] = knob("adam", "what steps the free entries; the paper's is sgd")
     lr: float = knob(0.02, "learning rate; 1 for sgd", gt=0, le=1000)
     steps: int = knob(30, "steps for each patch, at most", ge=1)
@@ -74,7 +74,7 @@ class Wise(Editor):
     chat: bool = knob(True, "also train the prompt as a chat's turn, where the model has a template")
     unrelated: int = knob(192, "unrelated prompts held away in training; others set the threshold", ge=1, le=256)
     neighbours: int = knob(
-        16,
+        32,
         "the edit's prompt with so many other subjects, and so many prompts of other shards, held away likewise",
         ge=0,
     )
@@ -108,9 +108,12 @@ class Wise(Editor):
             old = self._rehearsed(model, site, held, shard, chat)
             away, kept = (heard_prompts(model, site, in_turn(half, chat)) for half in self._unrelated())
             unit = _unit(away, site)
-            beside = [text for e in edits for text in [*e.irrelevant, *neighbours(e, self.neighbours)]]
+            others_of = [neighbours(model, e, self.neighbours) for e in edits]
+            beside = [text for e, (some, _) in zip(edits, others_of, strict=True) for text in [*e.irrelevant, *some]]
             beside += nearest(model, site, [e.prompt for e in edits], [e.prompt for e in others], self.neighbours)
-            near = heard_prompts(model, site, both_ways(dict.fromkeys(beside), chat)) if beside else None
+            near = heard_prompts(model, site, both_ways(dict.fromkeys(beside), chat), keep=False) if beside else None
+            judged = in_turn([text for _, some in others_of for text in some], chat)
+            other = heard_prompts(model, site, judged, keep=False) if judged else None
             behind = [f"{context} {e.prompt}" for e in edits for context in CONTEXTS[: self.contexts]]
             mine = both_ways([e.prompt for e in [*edits, *held]], chat) + [(text, False) for text in behind]
             asked = heard_prompts(model, site, mine)
@@ -118,6 +121,9 @@ class Wise(Editor):
 
         values = trained.to(torch.bfloat16)
         change = _with(before, free, values.float())
+        gap, floor = float(asked.gap(change).min()), float(kept.gap(change).quantile(1 - self.false_positives))
+        if other is not None:  # but what was asked for is answered
+            floor = max(floor, min(float(other.gap(change).max()), 0.95 * gap))
         return SidePatch(
             "wise",
             notes | {"edits": len(edits), "unit": unit},
@@ -125,8 +131,8 @@ class Wise(Editor):
             shard=shard,
             places=packed(mask.cpu()),
             values=values.cpu(),
-            gap=float(asked.gap(change).min()),
-            floor=float(kept.gap(change).quantile(1 - self.false_positives)),
+            gap=gap,
+            floor=floor,
             merge=self.mode == "merge",
         )
 
@@ -233,19 +239,20 @@ class Heard:
         return torch.nn.functional.normalize(total, dim=1)
 
 
-def heard_prompts(model: EditableModel, site: Site, prompts: Sequence[Asked]) -> Heard:
-    """What ``prompts`` bring to the site, each computed once for a model as long as its weights stay.
+def heard_prompts(model: EditableModel, site: Site, prompts: Sequence[Asked], *, keep: bool = True) -> Heard:
+    """What ``prompts`` bring to the site, each computed once for a model as long as its weights stay, if it is to ``keep``.
 
     Of a chat's turn the template's tokens are left out: they count for nothing, and are most of it.
     """
     keys = [("wise", "prompt", site.path, *asked) for asked in prompts]
-    if new := [asked for asked, key in zip(prompts, keys, strict=True) if key not in model.memo]:
+    memo = model.memo if keep else dict(model.memo)
+    if new := [asked for asked, key in zip(prompts, keys, strict=True) if key not in memo]:
         rows = model.rows([(model.encode_prompt(text, chat=chat), []) for text, chat in new])
         heard = model.inputs(rows, [site])[site.path]
         for asked, h, begin, until in zip(new, heard, rows.begin.tolist(), rows.until.tolist(), strict=True):
             # A slice would keep the whole of what it was taken from.
-            model.memo["wise", "prompt", site.path, *asked] = h[begin : max(until, begin + 1)].clone().to(model.device)
-    found = [model.memo[key] for key in keys]
+            memo["wise", "prompt", site.path, *asked] = h[begin : max(until, begin + 1)].clone().to(model.device)
+    found = [memo[key] for key in keys]
     of = torch.repeat_interleave(torch.arange(len(found)), torch.tensor([len(h) for h in found]))
     return Heard(torch.cat(found), of.to(model.device), len(found))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_lab import hub
+from cl_lab import hub, names
 from cl_lab.editable import EditableModel
 from cl_lab.facts import Edit
 from cl_lab.patches import SidePatch, activation_gap, shard_change, unpacked
@@ -110,15 +110,19 @@ def test_ways_of_asking_by_hand() -> None:
     assert both_ways("ab", False) == [("a", False), ("b", False)]
 
 
-def test_neighbours_are_the_prompt_with_other_subjects() -> None:
-    found = neighbours(EDITS[0], 3)
-    assert len({*found}) == 3
-    for text in found:
-        assert text.removeprefix("The capital of ").removesuffix(" is") in SUBJECTS
-    assert neighbours(EDITS[0], 3) == found
-    assert neighbours(Edit("Zebras have", "q"), 3) == []
-    assert neighbours(Edit("Zebras have", "q", subject="Lions"), 3) == []
-    assert len(neighbours(EDITS[0], 999)) == len(SUBJECTS)
+def test_neighbours_are_the_prompt_with_other_subjects(model: EditableModel) -> None:
+    found, judged = neighbours(model, EDITS[0], 5)
+    subjects = [text.removeprefix("The capital of ").removesuffix(" is") for text in found]
+    assert len({*subjects}) == 5
+    assert subjects[:3] == names.alike(model, "Peru", 3, names.TRAINED)
+    assert {*subjects[3:]} < {*SUBJECTS}
+    assert judged == [f"The capital of {name} is" for name in names.alike(model, "Peru", 8, names.JUDGED)]
+    assert not {*judged} & {*found}, "what a threshold is judged by was not trained with"
+    assert neighbours(model, EDITS[0], 5) == (found, judged)
+    assert neighbours(model, EDITS[0], 0) == ([], [])
+    assert neighbours(model, Edit("Zebras have", "q"), 3) == ([], [])
+    assert neighbours(model, Edit("Zebras have", "q", subject="Lions"), 3) == ([], [])
+    assert len(neighbours(model, EDITS[0], 999)[0]) == len(SUBJECTS) + len(names.TRAINED)
 
 
 def test_the_nearest_prompts_are_those_that_bring_nearly_the_same(model: EditableModel) -> None:

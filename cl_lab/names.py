@@ -1,0 +1,80 @@
+"""Names of things of many kinds, and those among them that a model takes for the most like a subject.
+
+What an edit of "The capital of Nigeria is" moves by mistake is the capital of Ghana sooner than anything else. Editors
+hold some such names away while they train, and what is asked before an edit is made asks for others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cl_lab.editable import EditableModel
+
+_KINDS = """
+Egypt|Norway|Chile|Thailand|Kenya|Portugal|Iran|Cuba|Finland|Nepal|Ghana|Peru|Ukraine|Iceland|Mongolia|Algeria|Bulgaria|Laos
+Uruguay|Ireland|Ethiopia|Malaysia|Honduras|Armenia|Zambia|South Korea|Saudi Arabia|Sri Lanka|Costa Rica|the Netherlands
+Greece|Colombia|Senegal|Jordan|Cambodia|Romania|Jamaica|Uzbekistan|Mozambique|Denmark
+Chicago|Lyon|Osaka|Barcelona|Mumbai|Hamburg|Melbourne|Naples|Kyiv|Casablanca|São Paulo|Glasgow
+Texas|Bavaria|Ohio|Hokkaido|Catalonia|Queensland
+Marie Curie|Isaac Newton|Abraham Lincoln|Napoleon|Beethoven|Frida Kahlo|Nelson Mandela|Charles Darwin|Cleopatra
+Virginia Woolf|Muhammad Ali|Serena Williams|David Bowie|Akira Kurosawa|Angela Merkel|John Smith|Maria Garcia|James Wilson|Anna Petrova
+Robert Brown|Michael Johnson|Giovanni Rossi
+Hamlet|Pride and Prejudice|The Odyssey|Frankenstein|Moby-Dick|The Great Gatsby|War and Peace|Oliver Twist|Star Wars
+The Godfather|Swan Lake|Carmen|Thriller|The Last Supper|The Starry Night|The Simpsons|Bohemian Rhapsody|The Hobbit
+Toyota|Siemens|IBM|Nokia|Boeing|Nestlé|Sony|Heinz|Volkswagen|Shell
+NASA|the Red Cross|the United Nations|Harvard University|FC Barcelona|the Boston Celtics|the Beatles
+the Nile|the Danube|the Amazon|Mount Everest|the Alps|Lake Superior|the Sahara|the Baltic Sea|the Pacific Ocean
+Greenland|Madagascar|Asia|South America
+the Eiffel Tower|the Colosseum|the Taj Mahal|Big Ben|the Louvre|the Golden Gate Bridge|the White House|the Great Wall
+gold|oxygen|iron|carbon|helium|copper|sodium|aspirin|insulin|penicillin
+the horse|the eagle|the salmon|the oak|the rose|wheat|the whale|the spider
+the guitar|the bicycle|the telescope|the radio|the computer|the steam engine|the camera|the airplane
+Jupiter|Venus|the Moon|the Sun|the Milky Way
+pizza|sushi|bread|coffee|cheese
+malaria|influenza|cancer|diabetes
+English|Spanish|Swahili|Hindi|Latin
+football|chess|tennis|swimming
+World War II|the French Revolution|the Cold War|the Olympic Games|the Middle Ages
+USS Enterprise|HMS Victory|the Titanic|Boeing 747|Apollo 11|Ford Mustang
+house number 7|room 12|version 2.0|chapter 5
+"""
+_NAMES = tuple(name for line in _KINDS.split("\n") for name in line.split("|") if name)
+
+TRAINED, JUDGED, ASKED = _NAMES[::3], _NAMES[1::3], _NAMES[2::3]
+"""The names that editors may train with, those they may set a threshold by, and those that are asked for afterwards."""
+
+_CARRIER = "A word about"
+
+
+@torch.no_grad()
+def alike(model: EditableModel, subject: str, number: int, names: Sequence[str]) -> list[str]:
+    """The ``number`` of ``names`` most like ``subject``, the nearest first: by what they are to the model's lower layers.
+
+    Compared are the mean directions of a name's tokens a quarter up, less that of all names, by their cosine. The subject
+    itself is not among them, nor what it is a part of.
+    """
+    key = ("names", tuple(names))
+    if key not in model.origin:
+        model.origin[key] = _directions(model, names)
+    known: Tensor = model.origin[key]
+    centre = known.mean(0)
+    ours, theirs = (torch.nn.functional.normalize(d - centre, dim=1) for d in (_directions(model, [subject]), known))
+    own = subject.casefold()
+    order = (theirs @ ours[0]).sort(descending=True, stable=True).indices.tolist()
+    return [n for n in (names[i] for i in order) if own not in n.casefold() and n.casefold() not in own][:number]
+
+
+def _directions(model: EditableModel, names: Sequence[str]) -> Tensor:
+    before = len(model.tokenizer.encode(_CARRIER))
+    place = model.layer(round(0.25 * len(model.layers)))
+    texts = [model.tokenizer.encode(f"{_CARRIER} {name}") for name in names]
+    with model.unpatched():
+        heard = model.inputs(model.rows([(ids, []) for ids in texts]), [place])[place.path]
+    found = [torch.nn.functional.normalize(h[min(before, len(h) - 1) :], dim=1).mean(0) for h in heard]
+    return torch.stack(found)

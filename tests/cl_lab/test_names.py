@@ -1,0 +1,50 @@
+"""Names that a model takes for like a subject: by hand, and never the subject itself."""
+
+from __future__ import annotations
+
+import torch
+
+from cl_lab import names
+from cl_lab.editing import load_editable
+from cl_lab.patches import Delta, WeightPatch
+
+
+def test_the_nearest_are_those_whose_tokens_point_the_same_way() -> None:
+    model = load_editable("tiny")
+    found = names.alike(model, "Peru", 4, names.ASKED)
+    place = model.layer(1)  # a quarter up
+    before = len("A word about")
+
+    def direction(name: str) -> torch.Tensor:
+        ids = list(f"A word about {name}".encode())
+        heard = model.inputs(model.rows([(ids, [])]), [place])[place.path][0]
+        return torch.nn.functional.normalize(heard[before:], dim=1).mean(0)
+
+    known = torch.stack([direction(name) for name in names.ASKED])
+    near = torch.cosine_similarity(direction("Peru") - known.mean(0), known - known.mean(0))
+    expected = [names.ASKED[i] for i in near.sort(descending=True, stable=True).indices.tolist()]
+    assert found == [name for name in expected if name != "Peru"][:4]
+    assert len(set(names.alike(model, "Peru", 999, names.ASKED))) > 60
+
+
+def test_a_subject_is_not_like_itself() -> None:
+    model = load_editable("tiny")
+    for names_of in (names.TRAINED, names.JUDGED, names.ASKED):
+        for name in names_of[::7]:
+            assert name not in names.alike(model, name, 999, names_of)
+    assert "the Nile" not in names.alike(model, "Nile", 999, [*names.TRAINED, *names.ASKED])
+
+
+def test_what_is_trained_with_is_not_asked_for() -> None:
+    parts = [names.TRAINED, names.JUDGED, names.ASKED]
+    assert sum(map(len, parts)) == len({name for part in parts for name in part})
+    assert min(map(len, parts)) > 60
+
+
+def test_edits_do_not_change_what_is_alike() -> None:
+    model = load_editable("tiny")
+    before = names.alike(model, "Peru", 5, names.ASKED)
+    fresh = load_editable("tiny")
+    site = fresh.down_projection(0)
+    WeightPatch("by hand", {}, {site.path: Delta(dense=torch.ones(site.weight.shape))}).apply(fresh)
+    assert names.alike(fresh, "Peru", 5, names.ASKED) == before
