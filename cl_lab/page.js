@@ -131,7 +131,10 @@ async function* chunks(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true };
+    });
     if (done) throw new Refusal("the answer broke off; ask again");
     const parts = (held + value).split("\n\n");
     held = parts.pop();
@@ -406,7 +409,7 @@ function draw() {
 function makeRow(edit) {
   const { id, facts: [first, ...others] } = edit;
   const open = make("button", { type: "button", class: "open", "aria-expanded": "false", "aria-controls": `details-${id}` },
-    make("span", { class: "hint", text: `${id} ` }), said(first.prompt), " → ", make("span", { class: "said new", text: first.answer }),
+    make("span", { class: "number", text: `${id} ` }), said(first.prompt), " → ", make("span", { class: "said new", text: first.answer }),
     ...(others.length ? [make("span", { class: "hint", text: ` and ${plural(others.length, "other fact")}` })] : []));
   const act = make("button", { type: "button", class: "quiet" });
   const state = make("span");
@@ -469,7 +472,7 @@ function detailsOf({ facts, patch, events }) {
   const names = { prompt: "question", answer: "new answer", paraphrases: "in other words", unrelated: "must not change" };
   const size = patch.bytes < 1e5 ? `${(patch.bytes / 1e3).toFixed(1)} kB` : `${(patch.bytes / 1e6).toFixed(1)} MB`;
   const about = [pair("patch", `${patch.kind} by ${patch.editor}, ${size}, `, make("code", { title: events[0].digest, text: events[0].digest.slice(0, 12) }))];
-  for (const [name, note] of Object.entries(patch.notes ?? {})) about.push(pair(name, typeof note === "object" ? JSON.stringify(note) : String(note)));
+  for (const [name, note] of Object.entries(patch.notes ?? {})) about.push(pair(name, typeof note === "number" ? String(+note.toPrecision(4)) : said(typeof note === "string" ? note : JSON.stringify(note))));
   for (const event of events) about.push(pair(`event ${event.n}`, `${event.kind}${event.forced ? " (forced)" : ""}, `, moment(event.time)));
   return [
     ...facts.map((fact) => make("dl", {}, ...Object.entries(fact).flatMap(([name, v]) => pair(names[name] ?? name.replace("_", " "), ...value(v))))),
