@@ -562,7 +562,7 @@ def preview(
     moved = [
         {"prompt": p, "before": was, "after": said}
         for p, was, said in zip(kept, before[count:], after[count:], strict=True)
-        if was != said
+        if _bare(was) != _bare(said)
     ]
     right = [bool(a["right"]) for a in answers if a["paraphrase"]]
     found = {
@@ -594,6 +594,11 @@ def others(model: EditableModel, edit: Edit, number: int = 6) -> list[str]:
     if not edit.subject or edit.subject not in edit.prompt:
         return []
     return [edit.prompt.replace(edit.subject, name) for name in names.alike(model, edit.subject, number, names.ASKED)]
+
+
+def _bare(answer: str) -> str:
+    """An answer without the full stop at its end."""
+    return answer.rstrip(" .")
 
 
 def weights_digest(model: EditableModel) -> str:

@@ -23,7 +23,8 @@ Greece|Colombia|Senegal|Jordan|Cambodia|Romania|Jamaica|Uzbekistan|Mozambique|De
 Chicago|Lyon|Osaka|Barcelona|Mumbai|Hamburg|Melbourne|Naples|Kyiv|Casablanca|São Paulo|Glasgow
 Texas|Bavaria|Ohio|Hokkaido|Catalonia|Queensland
 Marie Curie|Isaac Newton|Abraham Lincoln|Napoleon|Beethoven|Frida Kahlo|Nelson Mandela|Charles Darwin|Cleopatra
-Virginia Woolf|Muhammad Ali|Serena Williams|David Bowie|Akira Kurosawa|Angela Merkel|John Smith|Maria Garcia|James Wilson|Anna Petrova
+Virginia Woolf|Muhammad Ali
+Serena Williams|David Bowie|Akira Kurosawa|Angela Merkel|John Smith|Maria Garcia|James Wilson|Anna Petrova
 Robert Brown|Michael Johnson|Giovanni Rossi
 Hamlet|Pride and Prejudice|The Odyssey|Frankenstein|Moby-Dick|The Great Gatsby|War and Peace|Oliver Twist|Star Wars
 The Godfather|Swan Lake|Carmen|Thriller|The Last Supper|The Starry Night|The Simpsons|Bohemian Rhapsody|The Hobbit

@@ -40,9 +40,10 @@ class Wise(Editor):
     Beyond the paper: a memory acts from the prompt's last own token on, so that what is before it is read once for all steps
     and the margin's tokens and the answer's do not get in each other's way. A shard is one edit, unless told otherwise: none
     overwrites another, and any can be taken away without touching the rest. In larger ones all earlier edits are rehearsed,
-    ``replay`` in each step (the paper's B.3). Held away are unrelated prompts, the edit's own with other subjects, and the
-    nearest prompts of other shards. The answer's end is learnt. A shard's threshold is seven tenths of the least gap of its
-    edits, but not below what all but a ``false_positives`` share of unrelated prompts reach that were not trained on.
+    ``replay`` in each step (the paper's B.3). Held away are unrelated prompts, the edit's own with other subjects (those most
+    like its own, and made-up ones), and the nearest prompts of other shards. The answer's end is learnt. A shard's threshold
+    is seven tenths of the least gap of its edits, but not below what all but a ``false_positives`` share of unrelated prompts
+    reach that were not trained on, nor below what the edit's own reaches with other subjects that were not, either.
     """
 
     removable: ClassVar[bool] = False
@@ -111,7 +112,7 @@ class Wise(Editor):
             others_of = [neighbours(model, e, self.neighbours) for e in edits]
             beside = [text for e, (some, _) in zip(edits, others_of, strict=True) for text in [*e.irrelevant, *some]]
             beside += nearest(model, site, [e.prompt for e in edits], [e.prompt for e in others], self.neighbours)
-            near = heard_prompts(model, site, both_ways(dict.fromkeys(beside), chat), keep=False) if beside else None
+            near = heard_prompts(model, site, in_turn([*dict.fromkeys(beside)], chat), keep=False) if beside else None
             judged = in_turn([text for _, some in others_of for text in some], chat)
             other = heard_prompts(model, site, judged, keep=False) if judged else None
             behind = [f"{context} {e.prompt}" for e in edits for context in CONTEXTS[: self.contexts]]

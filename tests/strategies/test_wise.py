@@ -33,7 +33,8 @@ def model() -> EditableModel:
 
 def wise(**more: Any) -> Wise:
     return Wise(
-        **{"layer": 2, "contexts": 0, "lr": 0.05, "steps": 60, "rho": 0.5, "unrelated": 16, "sampled": 8} | more
+        **{"layer": 2, "contexts": 0, "lr": 0.05, "steps": 60, "rho": 0.5, "unrelated": 16, "sampled": 8, "margin": 2.0}
+        | more
     )
 
 
