@@ -311,9 +311,7 @@ class Deployment:
         """Take an edit out of force, inside :meth:`changing`. Raises :class:`ConfigError` where it is not in force."""
         event = self.event_of(identifier)
         if identifier not in self.active():
-            raise ConfigError(
-                f"edit '{identifier}': is undone already; cl-lab edit redo {self.folder} {identifier} brings it back"
-            )
+            raise ConfigError(f"edit '{identifier}': is undone already; redo brings it back")
         self._append("undo", identifier, event.digest, event.facts, False)
 
     def redo(self, identifier: str) -> None:

@@ -414,7 +414,7 @@ class SidePatch(Patch):
     whole: bool = False
 
     def fires(self, model: EditableModel) -> str:
-        return f"prompts of shard {self.shard}"
+        return "prompts like its own"
 
     def check(self, model: EditableModel) -> None:
         out, into = _shape_at(model, self.path)

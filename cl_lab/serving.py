@@ -136,6 +136,7 @@ class Service:
                 "in_force": identifier in self.deployment.active(),
                 "facts": self._facts_of(identifier),
                 "patch": {"kind": patch.kind, "editor": patch.editor, "bytes": patch.nbytes, "notes": patch.notes},
+                "fires": patch.fires(self.state.model),
                 "events": [dataclasses.asdict(e) for e in self.deployment.events if e.id == identifier],
             }
 

@@ -40,10 +40,10 @@ class Wise(Editor):
     Beyond the paper: a memory acts from the prompt's last own token on, so that what is before it is read once for all steps
     and the margin's tokens and the answer's do not get in each other's way. A shard is one edit, unless told otherwise: none
     overwrites another, and any can be taken away without touching the rest. In larger ones all earlier edits are rehearsed,
-    ``replay`` in each step (the paper's B.3). Held away are unrelated prompts, the edit's own with other subjects (those most
-    like its own, and made-up ones), and the nearest prompts of other shards. The answer's end is learnt. A shard's threshold
-    is seven tenths of the least gap of its edits, but not below what all but a ``false_positives`` share of unrelated prompts
-    reach that were not trained on, nor below what the edit's own reaches with other subjects that were not, either.
+    ``replay`` in each step (the paper's B.3). Held away are unrelated prompts, the edit's own with other subjects (those
+    most like its own, and made-up ones), and the nearest prompts of other shards. The answer's end is learnt. A shard's
+    threshold is seven tenths of the least gap of its edits, but not below what all but a ``false_positives`` share of
+    unrelated prompts reach, nor below what its prompt reaches with other subjects; none of these was trained with.
     """
 
     removable: ClassVar[bool] = False

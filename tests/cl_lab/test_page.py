@@ -143,7 +143,7 @@ def test_a_wrong_answer_is_corrected_and_the_correction_undone_by_keyboard(brows
         assert own.locator("td").all_inner_texts()[1].startswith("PPPP")
         assert own.locator("td").all_inner_texts()[2].split() == ["Lima", "✓", "right"]
         shows(page, "#seen .sums", "of 2 right")
-        shows(page, "#seen .sums", "prompts of shard 0")
+        shows(page, "#seen .sums", "prompts like its own")
         assert page.inner_text("#apply") == "Apply"
 
         page.fill("#subject", "Peru")
