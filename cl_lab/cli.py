@@ -456,7 +456,7 @@ def edit_init(
         _print_json(made.document | {"path": str(folder)})
         return
     _console().print(
-        f"{folder}: {model}, edited by {editor}. Next: cl-lab edit apply {folder} --prompt … --answer …\n"
+        f"{folder}: {model}, edited by {', '.join(f'{k}={v}' for k, v in made.document['editor'].items())}.\nNext: cl-lab edit apply {folder} --prompt … --answer …\n"
         f"Questions whose answers must not change go into {folder / 'guards.jsonl'}, one a line: "
         '{"prompt": "…"}',
         markup=False,

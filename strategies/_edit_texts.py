@@ -101,19 +101,20 @@ SUBJECTS = (
 )
 
 
-def neighbours(model: EditableModel, edit: Edit, number: int) -> tuple[list[str], list[str]]:
-    """The edit's prompt with other subjects in place of its own: ``number`` to train with, and a few to judge by.
+def neighbours(model: EditableModel, edit: Edit, number: int, like: int = 0) -> tuple[list[str], list[str]]:
+    """The edit's prompt with other subjects in place of its own: ``number`` to train with, and some to judge by.
 
-    Of the former half are made up and half real, those most like its own; the latter are as like it, and others. None where
-    its subject is not known or not in the prompt.
+    Of the former ``like`` are real, those most like its own, and the rest made up; the latter are half as many, as like it,
+    and others. None where its subject is not known or not in the prompt.
     """
-    if not edit.subject or edit.subject not in edit.prompt or not number:
+    if not edit.subject or edit.subject not in edit.prompt:
         return [], []
+    trained = names.alike(model, edit.subject, min(like, number), names.TRAINED) if like else []
     order = seeding.permutation(len(SUBJECTS), 0, "neighbours", edit.prompt).tolist()
-    trained = names.alike(model, edit.subject, number - number // 2, names.TRAINED)
-    trained += [SUBJECTS[i] for i in order if SUBJECTS[i] != edit.subject]
-    judged = names.alike(model, edit.subject, 8, names.JUDGED)
-    with_others = [[edit.prompt.replace(edit.subject, other) for other in some] for some in (trained[:number], judged)]
+    trained += [SUBJECTS[i] for i in order][: number - len(trained)]
+    trained = [name for name in trained if name != edit.subject]
+    judged = names.alike(model, edit.subject, like // 2, names.JUDGED) if like else []
+    with_others = [[edit.prompt.replace(edit.subject, other) for other in some] for some in (trained, judged)]
     return with_others[0], with_others[1]
 
 

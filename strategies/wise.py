@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -40,27 +40,31 @@ class Wise(Editor):
     Beyond the paper: a memory acts from the prompt's last own token on, so that what is before it is read once for all steps
     and the margin's tokens and the answer's do not get in each other's way. A shard is one edit, unless told otherwise: none
     overwrites another, and any can be taken away without touching the rest. In larger ones all earlier edits are rehearsed,
-    ``replay`` in each step (the paper's B.3). Held away are unrelated prompts, the edit's own with other subjects (those
-    most like its own, and made-up ones), and the nearest prompts of other shards. The answer's end is learnt. A shard's
-    threshold is seven tenths of the least gap of its edits, but not below what all but a ``false_positives`` share of
-    unrelated prompts reach, nor below what its prompt reaches with other subjects; none of these was trained with.
+    ``replay`` in each step (the paper's B.3). Held away are unrelated prompts, the edit's own with other subjects, and the
+    nearest prompts of other shards. The answer's end is learnt. A shard's threshold is seven tenths of the least gap of its
+    edits, but not below what all but a ``false_positives`` share of unrelated prompts reach that were not trained on.
+
+    So trained an edit answers for rewordings, and for the same question about other subjects as well: "The capital of Japan
+    is" for Australia's. With ``like`` such subjects are held away, and others set the threshold; a deployment begins with
+    that, a greater ``margin`` and a larger share ``rho``. What is the same question in other words then is lost sooner.
     """
 
     removable: ClassVar[bool] = False
+    in_service: ClassVar[Mapping[str, Any]] = {"margin": 8.0, "neighbours": 32, "like": 16, "rho": 0.5}
 
     layer: int | None = knob(
         None, "layer whose down-projection gets a side memory; null: three quarters up (22 of 30)", ge=0
     )
     module: str | None = knob(None, "dotted path of the module instead, for a model whose parts are not found")
     mode: Literal["retrieve", "merge"] = knob("retrieve", "one memory for each shard, or all merged into one")
-    rho: float = knob(0.5, "ρ, the share of entries that a shard's mask leaves free", gt=0, le=1)
+    rho: float = knob(0.2, "ρ, the share of entries that a shard's mask leaves free", gt=0, le=1)
     edits_per_shard: int = knob(
         1, "edits before the next shard begins; the paper's is 500, for models 4,096 wide", ge=1
     )
     alpha: float = knob(0.1, "α in units of the layer's own output: unrelated prompts stay below", ge=0)
     beta: float = knob(0.4, "β likewise: edits reach this", gt=0)
     gamma: float = knob(0.3, "γ likewise: edits stay this far above unrelated prompts", ge=0)
-    margin: float = knob(8.0, "weight of the margin, in those units, beside the cross-entropy", gt=0)
+    margin: float = knob(2.0, "weight of the margin, in those units, beside the cross-entropy", gt=0)
     optimizer: Literal["adam", "sgd"] = knob("adam", "what steps the free entries; the paper's is sgd")
     lr: float = knob(0.02, "learning rate; 1 for sgd", gt=0, le=1000)
     steps: int = knob(30, "steps for each patch, at most", ge=1)
@@ -75,9 +79,12 @@ class Wise(Editor):
     chat: bool = knob(True, "also train the prompt as a chat's turn, where the model has a template")
     unrelated: int = knob(192, "unrelated prompts held away in training; others set the threshold", ge=1, le=256)
     neighbours: int = knob(
-        32,
+        16,
         "the edit's prompt with so many other subjects, and so many prompts of other shards, held away likewise",
         ge=0,
+    )
+    like: int = knob(
+        0, "of these subjects, those real and most like the edit's own; half as many others set the threshold", ge=0
     )
     sampled: int = knob(32, "of the unrelated prompts, those that a step looks at; it looks at all neighbours", ge=1)
     precision: Literal["fp32", "bf16"] = knob(
@@ -109,10 +116,10 @@ class Wise(Editor):
             old = self._rehearsed(model, site, held, shard, chat)
             away, kept = (heard_prompts(model, site, in_turn(half, chat)) for half in self._unrelated())
             unit = _unit(away, site)
-            others_of = [neighbours(model, e, self.neighbours) for e in edits]
+            others_of = [neighbours(model, e, self.neighbours, self.like) for e in edits]
             beside = [text for e, (some, _) in zip(edits, others_of, strict=True) for text in [*e.irrelevant, *some]]
             beside += nearest(model, site, [e.prompt for e in edits], [e.prompt for e in others], self.neighbours)
-            near = heard_prompts(model, site, in_turn([*dict.fromkeys(beside)], chat), keep=False) if beside else None
+            near = heard_prompts(model, site, both_ways(dict.fromkeys(beside), chat), keep=False) if beside else None
             judged = in_turn([text for _, some in others_of for text in some], chat)
             other = heard_prompts(model, site, judged, keep=False) if judged else None
             behind = [f"{context} {e.prompt}" for e in edits for context in CONTEXTS[: self.contexts]]

@@ -112,18 +112,32 @@ def test_ways_of_asking_by_hand() -> None:
 
 
 def test_neighbours_are_the_prompt_with_other_subjects(model: EditableModel) -> None:
-    found, judged = neighbours(model, EDITS[0], 5)
+    found, judged = neighbours(model, EDITS[0], 5, 3)
     subjects = [text.removeprefix("The capital of ").removesuffix(" is") for text in found]
     assert len({*subjects}) == 5
     assert subjects[:3] == names.alike(model, "Peru", 3, names.TRAINED)
     assert {*subjects[3:]} < {*SUBJECTS}
-    assert judged == [f"The capital of {name} is" for name in names.alike(model, "Peru", 8, names.JUDGED)]
-    assert not {*judged} & {*found}, "what a threshold is judged by was not trained with"
-    assert neighbours(model, EDITS[0], 5) == (found, judged)
+    assert judged == [f"The capital of {name} is" for name in names.alike(model, "Peru", 1, names.JUDGED)]
+    assert neighbours(model, EDITS[0], 5, 3) == (found, judged)
+    assert not {*found} & {*neighbours(model, EDITS[0], 9, 9)[1]}, "what a threshold is judged by was not trained with"
+    made_up, none = neighbours(model, EDITS[0], 5)
+    assert none == []
+    assert {text.removeprefix("The capital of ").removesuffix(" is") for text in made_up} < {*SUBJECTS}
     assert neighbours(model, EDITS[0], 0) == ([], [])
-    assert neighbours(model, Edit("Zebras have", "q"), 3) == ([], [])
-    assert neighbours(model, Edit("Zebras have", "q", subject="Lions"), 3) == ([], [])
-    assert len(neighbours(model, EDITS[0], 999)[0]) == len(SUBJECTS) + len(names.TRAINED)
+    assert neighbours(model, Edit("Zebras have", "q"), 3, 3) == ([], [])
+    assert neighbours(model, Edit("Zebras have", "q", subject="Lions"), 3, 3) == ([], [])
+    assert len(neighbours(model, EDITS[0], 999, 999)[0]) == len(SUBJECTS) + len(names.TRAINED)
+
+
+def test_what_is_asked_of_other_subjects_sets_the_threshold(model: EditableModel) -> None:
+    near, far = (wise(neighbours=6, like=like).propose(model, [EDITS[0]]) for like in (6, 0))
+    assert isinstance(near, SidePatch)
+    assert isinstance(far, SidePatch)
+    site = model.down_projection(2)
+    _, judged = neighbours(model, EDITS[0], 6, 6)
+    gaps = heard_prompts(model, site, in_turn(judged, False)).gap(shard_change([near], site))
+    assert near.floor >= min(float(gaps.max()), 0.95 * near.gap) - 1e-6
+    assert far.floor != near.floor
 
 
 def test_the_nearest_prompts_are_those_that_bring_nearly_the_same(model: EditableModel) -> None:
