@@ -102,9 +102,11 @@ def _measured(
     after = _memory(pid)
     mixed = 0
     every = [a for phase in (*quiet, edited) for a in phase]
-    for prompt, position in sorted({(a.prompt, a.position) for a in every}, key=lambda pair: pair[1]):
-        expected = _ask(host, port, prompt, position).text
-        mixed += sum(a.text != expected for a in every if (a.prompt, a.position) == (prompt, position))
+    for position in sorted({a.position for a in every}):
+        body = {"model": SERVING["model"], "prompt": list(prompts), "max_tokens": SERVING["tokens"]}
+        again = _post(host, port, "/v1/completions", body | {"edits_as_of": position})["choices"]
+        expected = dict(zip(prompts, (choice["text"] for choice in again), strict=True))
+        mixed += sum(a.text != expected[a.prompt] for a in every if a.position == position)
     without = [a for phase in quiet for a in phase]
     return {
         "clients": SERVING["clients"],
@@ -159,14 +161,13 @@ class _Load:
         return heard
 
 
-def _ask(host: str, port: int, prompt: str, position: int | None = None) -> _Answer:
+def _ask(host: str, port: int, prompt: str) -> _Answer:
     body = {"model": SERVING["model"], "prompt": prompt, "max_tokens": SERVING["tokens"], "stream": True}
     body["stream_options"] = {"include_usage": True}
     begin, first, text, found, tokens = time.perf_counter(), 0.0, "", -1, 0
     connection = http.client.HTTPConnection(host, port, timeout=300)
     try:
-        content = json.dumps(body | ({} if position is None else {"edits_as_of": position}))
-        connection.request("POST", "/v1/completions", content, {"content-type": "application/json"})
+        connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
         answer = connection.getresponse()
         if answer.status != 200:
             raise ValueError(answer.read())
@@ -188,13 +189,14 @@ def _ask(host: str, port: int, prompt: str, position: int | None = None) -> _Ans
     return _Answer(prompt, text, found, tokens, begin, time.perf_counter() - begin, first)
 
 
-def _post(host: str, port: int, path: str, body: dict[str, Any]) -> None:
+def _post(host: str, port: int, path: str, body: dict[str, Any]) -> Any:
     connection = http.client.HTTPConnection(host, port, timeout=600)
     try:
         connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
         answer = connection.getresponse()
         if answer.status != 200:
             raise RuntimeError(f"{path}: {answer.status}: {answer.read()!r}")
+        return json.load(answer)
     finally:
         connection.close()
 

@@ -455,8 +455,9 @@ def edit_init(
     if as_json:
         _print_json(made.document | {"path": str(folder)})
         return
+    editing = ", ".join(str(v) if k == "name" else f"{k}={v}" for k, v in made.document["editor"].items())
     _console().print(
-        f"{folder}: {model}, edited by {', '.join(f'{k}={v}' for k, v in made.document['editor'].items())}.\nNext: cl-lab edit apply {folder} --prompt … --answer …\n"
+        f"{folder}: {model}, edited by {editing}. Next: cl-lab edit apply {folder} --prompt … --answer …\n"
         f"Questions whose answers must not change go into {folder / 'guards.jsonl'}, one a line: "
         '{"prompt": "…"}',
         markup=False,
