@@ -223,6 +223,7 @@ def _change_for_ever(folder: Path, ready: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_after_a_kill_at_any_moment_the_folder_is_whole(folder: Path) -> None:
     context = multiprocessing.get_context("fork")
     drawn, sizes = random.Random(0), []
