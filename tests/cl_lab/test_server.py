@@ -272,7 +272,7 @@ def test_too_many_questions_are_sent_away(folder: Path) -> None:
 
 
 def test_an_answer_has_its_time(folder: Path) -> None:
-    with running(folder, limits=Limits(seconds=0.2)) as (client, _):
+    with running(folder, limits=Limits(seconds=0.01)) as (client, _):
         body = {"model": "tiny", "prompt": "Zebras have", "max_tokens": 500}
         refused(client.post("/v1/completions", json=body), 504, "took longer than the service allows")
         with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:

@@ -68,7 +68,7 @@ def test_batches_equal_the_sequential_formulas(
     assert torch.equal(strategy._counts, counts)
     assert torch.allclose(strategy._means, means, rtol=1e-12)
     assert strategy._seen == 300
-    assert torch.allclose(strategy._scatter / strategy._seen, sigma, rtol=1e-10)
+    assert torch.allclose(strategy._scatter / strategy._seen, sigma, rtol=1e-6)  # products of float32 samples
 
 
 def test_by_class_it_is_the_exact_scatter_within_classes() -> None:
