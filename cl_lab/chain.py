@@ -59,8 +59,17 @@ class Chain:
             choosers = [n for n, s in zip(names, links, strict=True) if any(s is a for a in self._active[hook])]
             if len(choosers) > 1:
                 raise ConfigError(f"strategy chain: {' and '.join(choosers)} both {what}; keep one of them")
+        self.told = stream.boundaries
+        """Whether the links hear where an experience begins and ends."""
         for name, link in zip(names, links, strict=True):
-            if link.needs_boundaries and not stream.boundaries:
+            if link.learns_when_asked and not stream.boundaries:
+                if len(links) > 1:
+                    raise ConfigError(
+                        f"strategy chain: '{name}' learns when it is scored, the others while samples pass, where a stream "
+                        "hides boundaries; leave the others out, or set scenario.boundaries=true"
+                    )
+                self.told = True
+            elif link.needs_boundaries and not stream.boundaries:
                 raise ConfigError(
                     f"strategy '{name}' needs to know where an experience ends, but this stream hides it; "
                     "set scenario.boundaries=true or take a strategy that does not (cl-lab list strategies)"
@@ -80,6 +89,11 @@ class Chain:
     def reference(self) -> bool:
         """Whether any link sees more than a continual learner may."""
         return any(link.reference for link in self.links)
+
+    @property
+    def learns_when_asked(self) -> bool:
+        """Whether all links learn from what they keep alone, however often."""
+        return all(link.learns_when_asked for link in self.links)
 
     @property
     def uses_features(self) -> bool:

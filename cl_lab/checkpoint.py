@@ -144,7 +144,7 @@ def read(path: Path) -> State:
         file = path / "tensors.safetensors"
         if _sha256(file) != content["tensors_sha256"]:
             raise CheckpointError(f"checkpoint {path} is damaged: tensors.safetensors does not match its hash")
-        return unflatten(load_file(file), content["values"])
+        return unflatten({name: _aligned(value) for name, value in load_file(file).items()}, content["values"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
 
@@ -180,8 +180,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        weights: dict[str, Tensor] = load_file(path)
-        return weights
+        return {name: _aligned(value) for name, value in load_file(path).items()}
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"weights {path} cannot be read ({error}); run it again with checkpoint.experiences=true"
@@ -203,6 +202,15 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         taken.add(value.untyped_storage().data_ptr())
         made[name] = value
     return made
+
+
+_ALIGNMENT = 64
+"""Bytes, as torch allocates on the CPU."""
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """``value`` where torch itself would have put it: some processors' kernels round otherwise elsewhere."""
+    return value if value.data_ptr() % _ALIGNMENT == 0 else value.clone()
 
 
 def _sha256(path: Path) -> str:

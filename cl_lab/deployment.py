@@ -101,8 +101,9 @@ class Deployment:
             raise ConfigError(f"'{folder}': is there already and not empty; choose another folder")
         if unknown := sorted({*(gates or {})} - {*GATES}):
             raise ConfigError(f"gates: unknown gate '{unknown[0]}'; known: {', '.join(GATES)}")
-        editor = {**editor, **type(registry.create("editors", editor, "editor")).in_service, **editor}
-        registry.create("editors", editor, "editor")
+        defaults = registry.create("editors", editor, "editor").in_service
+        editor = {"name": editor["name"], **defaults, **editor}
+        registry.create("editors", editor, "editor")  # what was given may not go with these
         base = load_editable(model)
         document = {
             "format": FORMAT,

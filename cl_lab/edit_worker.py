@@ -18,10 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cl_lab import errors
 from cl_lab.deployment import Deployment
 from cl_lab.editable import EditableModel
-from cl_lab.errors import ConfigError, UserError
+from cl_lab.errors import ConfigError, DataError, EditError, PluginError, TrainingError, UserError
 from cl_lab.facts import Edit
 from cl_lab.patches import Patch
 
@@ -37,6 +36,13 @@ class Busy(UserError):
 
 class Stale(UserError):
     """A preview that is not known any more, or was made before the last change."""
+
+
+_TOLD: dict[str, type[UserError]] = {
+    error.__name__: error
+    for error in (ConfigError, DataError, EditError, PluginError, TrainingError, UserError, Busy, Stale)
+}
+"""What the process may say went wrong, by the names it says it by."""
 
 
 class EditWorker:
@@ -87,10 +93,7 @@ class EditWorker:
         if kind == "done":
             found: dict[str, Any] = answer
             return found
-        error = {**vars(errors), **globals()}.get(kind)
-        if isinstance(error, type) and issubclass(error, UserError):
-            raise error(answer)
-        raise RuntimeError(answer)
+        raise _TOLD.get(kind, RuntimeError)(answer)
 
     def close(self, seconds: float = 30.0) -> None:
         """Let it finish what it does, for so long at most, and end it."""
@@ -209,7 +212,7 @@ def _work(pipe: Any, folder: Path) -> None:
                 else:
                     cold = False
                     desk.warm()
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:  # noqa: BLE001 - nobody asked yet; the first who does is told
                 log.warning("edits: %s", error)
                 break
         try:
@@ -222,7 +225,7 @@ def _work(pipe: Any, folder: Path) -> None:
                 raise ConfigError(f"'{what}': is nothing that can be done to an edit")
             answer = "done", getattr(desk, what)(**given)
         except UserError as error:
-            answer = type(error).__name__, str(error)
+            answer = next(c.__name__ for c in type(error).__mro__ if c.__name__ in _TOLD), str(error)
         except Exception as error:
             log.exception("an edit failed")
             desk, answer = None, ("failed", f"{type(error).__name__}: {error}")

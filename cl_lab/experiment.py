@@ -256,15 +256,15 @@ class _Run:
         torch.set_num_threads(environment.threads_for(c.engine.processes, c.engine.threads))
         use_freed_memory_again()
         stream = stream_of(c.scenario, c.seed)
-        if stream.online and c.training.iterations is None and c.training.epochs > 1:
-            raise ConfigError(
-                f"training.epochs = {c.training.epochs}: an online stream shows each sample once; set it to 1"
-            )
         links = [
             registry.create("strategies", {"name": s.name, **s.knobs}, _path(self.strategy, i))
             for i, s in enumerate(self.strategy.links)
         ]
         chain = Chain(links, [s.name for s in self.strategy.links], stream)
+        if stream.online and c.training.iterations is None and c.training.epochs > 1 and not chain.learns_when_asked:
+            raise ConfigError(
+                f"training.epochs = {c.training.epochs}: an online stream shows each sample once; set it to 1"
+            )
         seeding.seed_everything(seeding.derive(c.seed, "model"))
         spec = registry.create("models", {"name": c.model.name, **c.model.knobs}, "model")
         model, raw = spec.build(stream), stream

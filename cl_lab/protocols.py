@@ -151,11 +151,14 @@ class Strategy:
     :meth:`mix` → :meth:`learning_rate` → forward → loss → :meth:`adjust_loss` → backward → :meth:`observe_outputs` →
     :meth:`adjust_gradients` → optimiser → :meth:`after_step`; then :meth:`after_experience`. Where the stream hides its
     boundaries, :meth:`before_experience` and :meth:`after_experience` are not called and :meth:`training_set` is not
-    asked. Test sets go through :meth:`encode` and :meth:`predict`.
+    asked, unless the strategy :attr:`learns_when_asked`. Test sets go through :meth:`encode` and :meth:`predict`.
     """
 
     needs_boundaries: ClassVar[bool] = False
     """Refuse streams that do not say where an experience ends."""
+    learns_when_asked: ClassVar[bool] = False
+    """Learns anew from what it keeps whenever it is to be scored, and from nothing else: so it needs no boundaries beside
+    these moments, may pass over it as often as it likes where a stream shows each sample once, and stands alone."""
     reference: ClassVar[bool] = False
     """Sees more than a continual learner may (joint, cumulative): an upper bound, marked so in reports."""
     uses_features: ClassVar[bool] = False

@@ -199,7 +199,7 @@ class Trainer:
 
     def learn(self, experience: Experience) -> None:
         """Train on one experience, from where the run stands in it, with all of the strategy's hooks; nothing is scored."""
-        strategy, learner, told = self.strategy, self.learner, self.stream.boundaries
+        strategy, learner, told = self.strategy, self.learner, self.strategy.told
         t = self.config.training.at(experience.index)
         if not self._position.begun:
             if told:

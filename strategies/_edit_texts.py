@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,6 +39,31 @@ def forms(model: EditableModel, edit: Edit, contexts: int, chat: bool) -> list[P
     if chat:
         pairs.append((model.encode_prompt(edit.prompt, chat=True), model.encode_answer(edit.answer, chat=True)))
     return pairs
+
+
+_VERB = re.compile(r"^(?P<head>.{3,}?) (?P<verb>is|are|was|were)(?P<rest>( (the|a|an|in|by|located in))?)$")
+
+
+def rewordings(edit: Edit, number: int) -> list[str]:
+    """Up to ``number`` of the edit's prompt in other words, as far as rearranging it goes; the subject's place changes.
+
+    They know nothing but the prompt and its subject: no paraphrase that an edit is scored by goes in.
+    """
+    prompt = edit.prompt.strip()
+    bare = prompt.rstrip("?.: ")
+    low = bare[:1].lower() + bare[1:]
+    subject = edit.subject if edit.subject and edit.subject in prompt else ""
+    if stated := _VERB.match(bare):
+        head = stated["head"]
+        head = head[:1].lower() + head[1:] if head.startswith(("The ", "A ")) else head
+        found = [f"What {stated['verb']} {head}?", f"Question: {head}? Answer:", f"Do you know {head}?"]
+    else:
+        found = [f"{bare}? Answer:", f"Could you tell me {low}?"]
+        if subject and not bare.endswith(subject):
+            found.insert(1, f"{bare.replace(subject, 'it')}? I mean {subject}.")
+    if subject:
+        found.insert(1, f"{subject}: {bare if bare.startswith(subject) else low}")
+    return found[:number]
 
 
 QUESTION_FORMS = (

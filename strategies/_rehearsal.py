@@ -56,7 +56,7 @@ class Rehearsal(Strategy):
                 f"policy = '{self.policy}': shares the memory out by class, but stream '{stream.name}' is a regression, "
                 "which has none; set policy=reservoir"
             )
-        if not stream.boundaries and self.insert == "experience":
+        if not stream.boundaries and self.insert == "experience" and not self.learns_when_asked:
             raise ConfigError(
                 "insert=experience needs to know where an experience ends, but this stream hides it; "
                 "leave that knob out, or set scenario.boundaries=true"

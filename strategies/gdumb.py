@@ -25,6 +25,9 @@ class GDumb(Rehearsal):
     that came stay, so a stream whose classes do not change keeps samples of its beginning (``sampler: reservoir`` keeps
     a uniform sample of each class instead, as Avalanche does). Samples of one experience arrive in random order.
 
+    That needs no boundaries: on a stream that hides them the learner learns before each evaluation, and ``epochs`` count
+    passes over the memory also where the stream shows each sample once, as in the paper's online setting.
+
     The learner starts every experience from the weights of the run's beginning, running statistics included; parameters
     that are frozen stay as they are. Epochs, schedule and augmentation come from ``training`` (the paper's CutMix and
     warm restarts are not among them), and ``optimizer_state: kept`` would carry moments over to the fresh model. The
@@ -32,6 +35,7 @@ class GDumb(Rehearsal):
     """
 
     needs_boundaries: ClassVar[bool] = True
+    learns_when_asked: ClassVar[bool] = True
 
     # Settled here, no longer knobs.
     policy: ClassVar[Policy] = "class-balanced"  # type: ignore[misc]

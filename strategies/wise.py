@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,7 +17,7 @@ from cl_lab.knobs import knob
 from cl_lab.patches import Patch, SidePatch, packed, shard_change, unpacked
 from cl_lab.protocols import Editor
 
-from ._edit_texts import CONTEXTS, descend, edit_site, forms, neighbours, row_loss, unrelated_prompts
+from ._edit_texts import CONTEXTS, descend, edit_site, forms, neighbours, rewordings, row_loss, unrelated_prompts
 
 Asked = tuple[str, bool]
 """A prompt, and whether it is asked as a chat's turn."""
@@ -76,6 +77,7 @@ class Wise(Editor):
     )
     replay: int = knob(4, "earlier edits of the shard rehearsed in every step, in turn; 0: none", ge=0)
     contexts: int = knob(1, "beginnings put before each prompt in training", ge=0, le=8)
+    rewordings: int = knob(0, "the prompt in so many other words, made from it, that train likewise", ge=0, le=4)
     chat: bool = knob(True, "also train the prompt as a chat's turn, where the model has a template")
     unrelated: int = knob(192, "unrelated prompts held away in training; others set the threshold", ge=1, le=256)
     neighbours: int = knob(
@@ -112,7 +114,8 @@ class Wise(Editor):
         chat = self.chat and model.tokenizer.can_chat
         held, others = earlier[len(earlier) - count :] if count else (), earlier[: len(earlier) - count]
         with model.unrouted():  # what reaches the layer is the model's own, and so is what it gives to go on from
-            at = _rows_above(model, site, edits, self.contexts, chat)
+            reworded = [replace(e, prompt=text) for e in edits for text in rewordings(e, self.rewordings)]
+            at = _rows_above(model, site, edits, self.contexts, chat, reworded)
             old = self._rehearsed(model, site, held, shard, chat)
             away, kept = (heard_prompts(model, site, in_turn(half, chat)) for half in self._unrelated())
             unit = _unit(away, site)
@@ -123,6 +126,7 @@ class Wise(Editor):
             judged = in_turn([text for _, some in others_of for text in some], chat)
             other = heard_prompts(model, site, judged, keep=False) if judged else None
             behind = [f"{context} {e.prompt}" for e in edits for context in CONTEXTS[: self.contexts]]
+            behind += [e.prompt for e in reworded]
             mine = both_ways([e.prompt for e in [*edits, *held]], chat) + [(text, False) for text in behind]
             asked = heard_prompts(model, site, mine)
         trained, notes = self._train(at, old, before, free, away, near, asked, unit, edits)
@@ -253,7 +257,7 @@ def heard_prompts(model: EditableModel, site: Site, prompts: Sequence[Asked], *,
     Of a chat's turn the template's tokens are left out: they count for nothing, and are most of it.
     """
     keys = [("wise", "prompt", site.path, *asked) for asked in prompts]
-    memo = model.memo if keep else dict(model.memo)
+    memo: MutableMapping[Any, Any] = model.memo if keep else ChainMap({}, model.memo)
     if new := [asked for asked, key in zip(prompts, keys, strict=True) if key not in memo]:
         rows = model.rows([(model.encode_prompt(text, chat=chat), []) for text, chat in new])
         heard = model.inputs(rows, [site])[site.path]
@@ -285,8 +289,12 @@ def both_ways(prompts: Iterable[str], chat: bool) -> list[Asked]:
     return [(text, turn) for text in prompts for turn in (False, True)[: 1 + chat]]
 
 
-def _rows_above(model: EditableModel, site: Site, edits: Sequence[Edit], contexts: int, chat: bool) -> Above:
-    rows = model.rows([pair for edit in edits for pair in forms(model, edit, contexts, chat)])
+def _rows_above(
+    model: EditableModel, site: Site, edits: Sequence[Edit], contexts: int, chat: bool, more: Sequence[Edit] = ()
+) -> Above:
+    """``edits`` in all their forms, and ``more`` as they are."""
+    pairs = [pair for edit in edits for pair in forms(model, edit, contexts, chat)]
+    rows = model.rows(pairs + [pair for edit in more for pair in forms(model, edit, 0, False)])
     return model.above(rows, site, from_prompt_end=True)
 
 

@@ -341,6 +341,14 @@ def test_a_guard_that_is_none_is_told_by_line(folder: Path) -> None:
         Deployment(folder).guards()
 
 
+def side_patch(model: EditableModel) -> SidePatch:
+    """One that answers whatever is asked."""
+    site = model.down_projection(2)
+    places = torch.ones(site.weight.numel(), dtype=torch.bool)
+    values = 0.3 * torch.randn(site.weight.numel(), generator=torch.Generator().manual_seed(1))
+    return SidePatch("wise", path=site.path, places=packed(places), values=values.bfloat16(), gap=1e-6, floor=1e-6)
+
+
 def test_an_export_says_what_the_deployment_says(folder: Path, tmp_path: Path) -> None:
     made = Deployment(folder)
     with made.changing():
@@ -352,12 +360,8 @@ def test_an_export_says_what_the_deployment_says(folder: Path, tmp_path: Path) -
     assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
 
     target = made.load()
-    site = target.down_projection(2)
-    places = torch.ones(site.weight.numel(), dtype=torch.bool)
-    values = 0.3 * torch.randn(site.weight.numel(), generator=torch.Generator().manual_seed(1))
-    patch = SidePatch("wise", path=site.path, places=packed(places), values=values.bfloat16(), gap=1e-6, floor=1e-6)
     with made.changing():
-        made.apply(target, patch, [FACTS[1]])
+        made.apply(target, side_patch(target), [FACTS[1]])
     found = made.export(tmp_path / "side")
     assert (found["plain"], found["edits"]) == (False, 3)
     assert "cl_lab.load" in found["load"]
@@ -414,13 +418,9 @@ def test_edits_of_low_rank_are_an_adapter_of_pefts(
 def test_it_is_told_which_edit_answered(folder: Path, tmp_path: Path) -> None:
     made = Deployment(folder)
     target = made.load()
-    site = target.down_projection(2)
-    places = torch.ones(site.weight.numel(), dtype=torch.bool)
-    values = 0.3 * torch.randn(site.weight.numel(), generator=torch.Generator().manual_seed(1))
-    patch = SidePatch("wise", path=site.path, places=packed(places), values=values.bfloat16(), gap=1e-6, floor=1e-6)
     with made.changing():
         made.undo("2")
-        made.apply(target, patch, [FACTS[1]])
+        made.apply(target, side_patch(target), [FACTS[1]])
     result = CliRunner().invoke(app, ["edit", "ask", str(folder), "Zebras have", "--json"])
     assert json.loads(result.stdout)["fired"] == ["4"]
     result = CliRunner().invoke(app, ["edit", "ask", str(folder), "Zebras have", "--json", "--as-of", "3"])

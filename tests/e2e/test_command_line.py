@@ -160,6 +160,15 @@ def test_mistakes_are_one_line(
         assert word in line
 
 
+def test_a_learner_of_its_memory_passes_over_it_as_often_as_it_likes(
+    cl_lab: CommandLine, write_config: Callable[..., str]
+) -> None:
+    online = {"scenario": "{name: split-digits, online: true}", "strategy": "{name: gdumb, memory: 100}"}
+    document = cl_lab.json("run", write_config(**online), "training.epochs=3")
+    assert document["status"] == "finished"
+    assert len(document["matrix"]) == 5
+
+
 def test_configuration_files(cl_lab: CommandLine) -> None:
     assert "does not exist" in cl_lab.error("run", "none.yaml")
     (cl_lab.folder / "bad.yaml").write_text("scenario: [")

@@ -10,6 +10,7 @@ import torch
 import toys
 from torch import Tensor
 
+from cl_lab.errors import ConfigError
 from cl_lab.records import Experience, Stream, TensorData
 from cl_lab.trainer import Record, Silent, Trainer
 from strategies.gdumb import GDumb
@@ -119,3 +120,14 @@ def test_classes_without_a_sample_stay_possible() -> None:
     trainer, memories = run(toys.stream(), memory=3, sections={"model": {**toys.MLP, "head": "growing"}})
     assert len(memories[-1]) == 3
     assert bool(toys.weights_of(trainer)["head.seen"].all())
+
+
+def test_learns_when_it_is_asked_where_boundaries_are_hidden() -> None:
+    """As with boundaries, to the bit: when it is scored is all it has to know. Beside another strategy it would tell it."""
+    settings = {"training": {"epochs": 3}}
+    told, _ = run(toys.stream(), memory=30, sections=settings)
+    hidden, _ = run(toys.stream(boundaries=False, online=True), memory=30, sections=settings)
+    assert hidden.record.matrix == told.record.matrix
+    assert not toys.differing(toys.weights_of(told), toys.weights_of(hidden))
+    with pytest.raises(ConfigError, match="'gdumb' learns when it is scored"):
+        toys.trainer([{"name": "gdumb"}, {"name": "naive"}], toys.stream(boundaries=False))
