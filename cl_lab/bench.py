@@ -36,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,10 @@ EDITS: dict[str, Any] = {
     "rho": 0.2,
     "edits": 500,
     "tokens": 24,
+    "together": 50,
 }
-"""The language model of *edits*, how it is edited, how many edits it has when it is asked, and the answer's length."""
+"""The language model of *edits*, how it is edited, how many edits it has when it is asked, the answer's length, and how many
+edits ``ultraedit`` makes at once where it is not one."""
 
 COMMANDS = (("--help",), ("list", "strategies"), ("show", "strategy", "ewc"), ("run", "--help"))
 """Command lines whose start is measured."""
@@ -641,45 +644,82 @@ def _made_up_texts(texts: int, tokens: int) -> Stream:
 
 
 def _edits(threads: int, repeats: int) -> dict[str, Any]:
-    """Seconds of an edit by ``wise`` and by a loop that runs the whole model each step; what routing adds to an answer."""
+    """Seconds of an edit by ``wise`` and by a loop that runs the whole model each step; what routing adds to an answer.
+
+    ``same_work_s`` is ``wise`` with that loop's margin: one unrelated prompt a step, as in the released code, where its own
+    settings look at 48. ``speedup`` compares these two, ``speedup_own`` its own settings with the loop.
+    """
     model = load_editable(EDITS["weights"])
     knobs = {k: EDITS[k] for k in ("layer", "contexts", "steps", "rho")}
     wise = registry.create("editors", {"name": "wise", **knobs, "stop_at": 1.0, "chat": False}, "editor")
+    same = registry.create(
+        "editors",
+        {"name": "wise", **knobs, "stop_at": 1.0, "chat": False, "sampled": 1, "neighbours": 0},
+        "editor",
+    )
     ultra = registry.create("editors", {"name": "ultraedit", "chat": False}, "editor")
     facts = [Edit(f"The capital of {name} is", "Alder Hill", subject=name) for name in ("Thale", "Norland", "Ostra")]
     wise.propose(model, facts[:1])  # what is read once for a model's life
-    ours, whole, closed = [], [], []
+    ours, alike, whole, closed = (list[float]() for _ in range(4))
     for i in range(repeats):
         some = [facts[1 + i % 2]]
         start = time.perf_counter()
         wise.propose(model, some)
         ours.append(time.perf_counter() - start)
-        _whole_model_edit(model, some[0])
-        whole.append(time.perf_counter() - start - ours[-1])
-        start = time.perf_counter()
-        ultra.propose(model, some)
-        closed.append(time.perf_counter() - start)
-    row = {"model": EDITS["weights"], "threads": threads, **knobs}
-    row |= {"wise_s": statistics.median(ours), "whole_model_s": statistics.median(whole)}
-    row |= {"speedup": row["whole_model_s"] / row["wise_s"], "ultraedit_s": statistics.median(closed)}
+        for edit, took in (
+            (partial(same.propose, model, some), alike),
+            (partial(_whole_model_edit, model, some[0]), whole),
+            (partial(ultra.propose, model, some), closed),
+        ):
+            start = time.perf_counter()
+            edit()
+            took.append(time.perf_counter() - start)
+    many = [Edit(f"The capital of {_made_up_name(n)} is", "Alder Hill") for n in range(EDITS["together"])]
+    start = time.perf_counter()
+    ultra.propose(model, many)
+    together = (time.perf_counter() - start) / len(many)
+    row = {"model": EDITS["weights"], "threads": threads, **knobs, "ultraedit_together_s": together}
+    row |= {"wise_s": statistics.median(ours), "same_work_s": statistics.median(alike)}
+    row |= {"whole_model_s": statistics.median(whole), "ultraedit_s": statistics.median(closed)}
+    row |= {"speedup": row["whole_model_s"] / row["same_work_s"], "speedup_own": row["whole_model_s"] / row["wise_s"]}
     return row | _routing(model, wise, repeats) | {"repeats": repeats}
 
 
+def _made_up_name(n: int) -> str:
+    """A name that nobody has, another for each number."""
+    syllables = ("ka", "lo", "mi", "ne", "pu", "ra", "so", "ti")
+    return "".join(syllables[n // 8**place % 8] for place in range(3)).capitalize()
+
+
 def _whole_model_edit(model: EditableModel, edit: Edit) -> float:
-    """The same steps on such texts as released code takes them, all layers and all logits every time; the last loss."""
+    """The same steps on such texts as released code takes them, all layers and all logits every time; the last loss.
+
+    Every step has the margin of WISE's Eq. 5, too, with one unrelated prompt, whose row runs through the model likewise.
+    """
     site = model.down_projection(EDITS["layer"])
     answer = model.encode_answer(edit.answer)
     beginnings = ["", *(f"So it was, {n} times. " for n in range(EDITS["contexts"]))]
-    rows = model.rows([(model.encode_prompt(f"{text}{edit.prompt}"), answer) for text in beginnings])
+    texts = [(model.encode_prompt(f"{text}{edit.prompt}"), answer) for text in beginnings]
+    rows = model.rows([*texts, (model.encode_prompt("What is the name of the river near the old library?"), [])])
+    asked, said, heard = rows.asked.float(), rows.said, list[Tensor]()
     free = torch.rand(site.weight.shape, generator=seeding.generator(SEED, "bench edits")) < EDITS["rho"]
     change = torch.zeros(site.weight.shape, requires_grad=True)
     optimizer = torch.optim.SGD([change], lr=1e-3)
     loss = torch.zeros(())
-    hook = site.module.register_forward_hook(lambda _, args, out: out + args[0] @ (change * free).T)
+
+    def moved(module: Any, args: Any, out: Tensor) -> Tensor:
+        more = args[0] @ (change * free).T
+        heard[:] = [((more + 1e-12).norm(dim=2) * asked).sum(1) / asked.sum(1)]
+        moved_out: Tensor = out + more
+        return moved_out
+
+    hook = site.module.register_forward_hook(moved)
     try:
         for _ in range(EDITS["steps"]):
             logits = model.model(input_ids=rows.ids, use_cache=False).logits
-            loss = F.cross_entropy(logits[rows.said], rows.labels)
+            gap, far = heard[0][:-1], heard[0][-1]
+            margin = (far - 5).relu() + (20 - gap).relu().mean() + (10 - gap + far).relu().mean()
+            loss = F.cross_entropy(logits[said], rows.labels) + margin
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

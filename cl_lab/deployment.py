@@ -92,8 +92,7 @@ class Deployment:
     def create(
         cls, folder: Path, model: str, editor: Mapping[str, Any], gates: Mapping[str, float] | None = None
     ) -> Deployment:
-        """Make the folder of a new deployment of ``model``, edited by ``editor`` (its name and knobs; see
-        :attr:`~cl_lab.protocols.Editor.in_service`).
+        """Make the folder of a new deployment of ``model``, edited by ``editor`` (its name and knobs).
 
         Raises :class:`ConfigError` where the folder is taken, a gate is unknown, or model or editor cannot be had.
         """
@@ -101,9 +100,7 @@ class Deployment:
             raise ConfigError(f"'{folder}': is there already and not empty; choose another folder")
         if unknown := sorted({*(gates or {})} - {*GATES}):
             raise ConfigError(f"gates: unknown gate '{unknown[0]}'; known: {', '.join(GATES)}")
-        defaults = registry.create("editors", editor, "editor").in_service
-        editor = {"name": editor["name"], **defaults, **editor}
-        registry.create("editors", editor, "editor")  # what was given may not go with these
+        registry.create("editors", editor, "editor")
         base = load_editable(model)
         document = {
             "format": FORMAT,

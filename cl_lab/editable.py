@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,11 +134,24 @@ class EditableModel:
 
         No tensor is copied, and a pass that this model is in, in another thread, goes on undisturbed.
         """
-        made = EditableModel(self._copied([*self.model.parameters(), *self.model.buffers()]), self.tokenizer, self.name)
+        made = self.bare()
         made.patches, made.base, made.sums = list(self.patches), dict(self.base), dict(self.sums)
         made.memo, made.origin = self.memo, self.origin
         made.side = {name: hook.twin(made) for name, hook in self.side.items()}
         return made
+
+    def bare(self) -> EditableModel:
+        """Another on the same tensors, the weights as they stand, without what answers for some prompts only."""
+        shared = [*self.model.parameters(), *self.model.buffers()]
+        return EditableModel(self._copied(shared), self.tokenizer, self.name)
+
+    def goes_with(self, other: EditableModel) -> bool:
+        """Whether one :class:`Batch` can have texts of both: the very same weights, and choices that hold to the end."""
+        if not all(hook.holds for model in (self, other) for hook in model.side.values()):
+            return self is other
+        return self is other or all(
+            a is b for a, b in zip(self.model.parameters(), other.model.parameters(), strict=True)
+        )
 
     def copied(self) -> Any:
         """A copy of the model with the weights as they stand, without what answers for some prompts only."""
@@ -188,6 +201,16 @@ class EditableModel:
                 "feed-forward part would be; name the module by its path (module: model.layers.5.mlp.down_proj)"
             )
         return self.site(f"{inside.path}.{found[-1]}")
+
+    def submodule(self, path: str) -> nn.Module:
+        """The module at a dotted path. Raises :class:`ConfigError` where there is none."""
+        try:
+            found: nn.Module = self.model.get_submodule(path)
+        except AttributeError:
+            raise ConfigError(
+                f"model '{self.name}': has no module '{path}'; is what names it of another model?"
+            ) from None
+        return found
 
     def layer(self, index: int) -> Site:
         """A whole layer, to listen to. Raises :class:`ConfigError` where there is none."""
@@ -498,26 +521,40 @@ class Prompt:
     by: list[Patch] = field(default_factory=list)
 
 
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """A row of a batch: whose it is, what rewrote its prompt, and what was chosen to answer, by the name of its hook."""
+
+    model: EditableModel
+    by: list[Patch]
+    routes: dict[str, int]
+
+
 class Batch:
-    """Texts that one model goes on with, a token each a step; some may join and some leave between two steps.
+    """Texts that a model goes on with, a token each a step; some may join and some leave between two steps.
 
     Each is read as if it were alone: its route is chosen once, from its prompt, and held to its end. The model's patches
-    must stay as they are meanwhile; :meth:`EditableModel.twin` has room for others.
+    must stay as they are meanwhile; :meth:`EditableModel.twin` has room for others, and such a twin's texts may join, too
+    (:meth:`EditableModel.goes_with`).
     """
 
     def __init__(self, model: EditableModel) -> None:
         self.model = model
         self._cache: Any = None
         self._start = torch.empty(0, dtype=torch.int64)  # the column of the cache that each text begins in
-        self._routes: dict[str, Tensor] = {}
-        self._by: list[list[Patch]] = []
+        self._texts: list[_Text] = []
+        self._bare: EditableModel | None = None
 
     def __len__(self) -> int:
-        return len(self._by)
+        return len(self._texts)
 
     @torch.no_grad()
-    def add(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Read ``prompts``, which become the last rows; logits ``[n, vocabulary]`` float32 of what follows each."""
+    def add(self, prompts: Sequence[Prompt], model: EditableModel | None = None) -> Tensor:
+        """Read ``prompts``, which become the last rows; logits ``[n, vocabulary]`` float32 of what follows each.
+
+        They are of ``model``, from now on the batch's, which must go with the one before.
+        """
+        self.model = model or self.model
         longest, n = max(len(p.ids) for p in prompts), len(prompts)
         ids, mask, asked = (torch.zeros(n, longest, dtype=torch.int64) for _ in range(3))
         start = torch.tensor([longest - len(p.ids) for p in prompts])
@@ -527,17 +564,20 @@ class Batch:
             ids[i, first:], mask[i, first:] = torch.tensor(p.ids), 1
             asked[i, first + p.begin : first + p.until] = 1
         cache = new_cache()
-        with self.model.prompts(asked.bool(), mask.bool()), self._routed(None):
-            logits = self._pass(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
-            routes = {name: hook.route for name, hook in self.model.side.items()}
-        if self._by:
+        with self.model.prompts(asked.bool(), mask.bool()), _held(self.model, None):
+            logits = _pass(self.model, ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+            chosen = {  # none where they are paused (EditableModel.unrouted)
+                name: hook.route.tolist() for name, hook in self.model.side.items() if hook.route is not None
+            }
+        if self._texts:
             before, width = self._width, max(self._width, longest)
             cache = _gathered([(self._cache, range(len(self)), 0), (cache, range(n), 0)], width)
             self._start = torch.cat([self._start + width - before, start + width - longest])
-            routes = {name: torch.cat([self._routes[name], route]) for name, route in routes.items()}
         else:
             self._start = start
-        self._cache, self._routes, self._by = cache, routes, [*self._by, *(p.by for p in prompts)]
+        self._cache = cache
+        for i, p in enumerate(prompts):
+            self._texts.append(_Text(self.model, p.by, {name: route[i] for name, route in chosen.items()}))
         return logits
 
     @torch.no_grad()
@@ -546,25 +586,25 @@ class Batch:
         place = torch.arange(self._width + 1)[None]
         mask, where = (place >= self._start[:, None]).long(), (self._width - self._start)[:, None]
         said = torch.ones(len(self), 1, dtype=torch.bool)
-        with self.model.prompts(~said, said), self._routed(self._routes):
-            return self._pass(tokens[:, None], mask, where, self._cache)
+        with self._answering() as model, model.prompts(~said, said):
+            return _pass(model, tokens[:, None], mask, where, self._cache)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Let all but ``rows`` go; these are then the rows, in this order."""
-        self._by = [self._by[i] for i in rows]
+        self._texts = [self._texts[i] for i in rows]
         if not rows:
             self._cache = None
             return
         first = int(self._start[rows].min())
         self._cache = _gathered([(self._cache, rows, first)], self._width - first)
         self._start = self._start[rows] - first
-        self._routes = {name: route[rows] for name, route in self._routes.items()}
 
     def fired(self, row: int) -> list[Patch]:
         """The patches that answer for a row, as far as they choose their prompts: changed weights act on all."""
-        found = list(self._by[row])
-        for name, hook in self.model.side.items():
-            found += hook.answering(int(self._routes[name][row]))
+        text = self._texts[row]
+        found = list(text.by)
+        for name, hook in text.model.side.items():
+            found += hook.answering(text.routes.get(name, -1))
         return found
 
     @property
@@ -572,27 +612,65 @@ class Batch:
         found: int = self._cache.get_seq_length()
         return found
 
-    def _pass(self, ids: Tensor, mask: Tensor, where: Tensor, cache: Any) -> Tensor:
-        model, device = self.model, self.model.device
-        out = model.decoder(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=where.to(device),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return model.project(out.last_hidden_state[:, -1])
-
     @contextmanager
-    def _routed(self, routes: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """Hold ``routes`` in the block, or what is chosen in it."""
-        for name, hook in self.model.side.items():
-            hook.hold(True, None if routes is None else routes[name])
+    def _answering(self) -> Iterator[EditableModel]:
+        """The model to step with, on which each row is answered by what its own model chose for it."""
+        model = self._texts[0].model
+        if all(text.model is model for text in self._texts):
+            routes = {name: [text.routes[name] for text in self._texts] for name in self._texts[0].routes}
+            with _held(model, routes):
+                yield model
+            return
+        if self._bare is None:  # others look at the models themselves, which must not have these hooks on them then
+            self._bare = model.bare()
+        rows: dict[tuple[Any, int], list[int]] = {}
+        for i, text in enumerate(self._texts):
+            for name, which in text.routes.items():
+                if which >= 0:
+                    rows.setdefault((text.model.side[name], which), []).append(i)
+        handles = [
+            self._bare.site(hook.site.path).module.register_forward_hook(partial(_answered, hook, which, some))
+            for (hook, which), some in rows.items()
+        ]
         try:
-            yield
+            yield self._bare
         finally:
-            for hook in self.model.side.values():
-                hook.hold(False)
+            for handle in handles:
+                handle.remove()
+
+
+def _pass(model: EditableModel, ids: Tensor, mask: Tensor, where: Tensor, cache: Any) -> Tensor:
+    """Logits behind the last of ``ids`` ``[B, T]``."""
+    out = model.decoder(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        position_ids=where.to(model.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return model.project(out.last_hidden_state[:, -1])
+
+
+@contextmanager
+def _held(model: EditableModel, routes: Mapping[str, list[int]] | None) -> Iterator[None]:
+    """Hold ``routes``, one for each row, in the block, or what is chosen in it."""
+    for name, hook in model.side.items():
+        route = None if routes is None else routes.get(name)
+        hook.hold(True, None if route is None else torch.tensor(route, device=model.device))
+    try:
+        yield
+    finally:
+        for hook in model.side.values():
+            hook.hold(False)
+
+
+def _answered(
+    hook: Any, which: int, rows: list[int], module: nn.Module, args: tuple[Tensor, ...], out: Tensor
+) -> Tensor:
+    """A forward hook for a step: ``rows`` gain what ``hook``, of whichever model, adds for its choice ``which``."""
+    said = args[0][rows].unflatten(0, (len(rows), 1)) if args[0].dim() == 2 else args[0][rows]
+    more = hook.change(said, which, torch.zeros(said.shape[:2], dtype=torch.bool, device=said.device))
+    return out.index_add(0, torch.tensor(rows, device=out.device), more.to(out.dtype).view(len(rows), *out.shape[1:]))
 
 
 def _gathered(parts: Sequence[tuple[Any, Sequence[int], int]], width: int) -> Any:

@@ -1,8 +1,9 @@
 """Answers to many at once: one thread steps all texts in progress, which join and leave between steps.
 
-Each text belongs to a model, which is the state of a deployment that was in force when it was asked for; texts of one
-state are one :class:`~cl_lab.editable.Batch`. So an edit is another state: what has begun ends on the one it began with,
-and nothing waits for the change but the change.
+Each text belongs to a model, which is the state of a deployment that was in force when it was asked for. So an edit is
+another state: what has begun ends on the one it began with, and nothing waits for the change but the change. Texts are
+stepped together as one :class:`~cl_lab.editable.Batch`, those of different states, too, where these have the same weights
+and differ only in what answers for some prompts: else each change would have the weights read twice a step for a while.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Engine:
     def __init__(self, *, rows: int = 16, queue: int = 64, prompt_tokens: int = 512, threads: int = 1) -> None:
         self.rows, self.queue, self.prompt_tokens, self.threads = rows, queue, prompt_tokens, threads
         self._waiting: deque[Ask] = deque()
-        self._groups: dict[EditableModel, _Group] = {}
+        self._groups: list[_Group] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="cl-lab engine", daemon=True)
@@ -135,7 +136,7 @@ class Engine:
             self._changed.notify()
         self._thread.join(seconds)
         with self._changed:
-            left = [*self._waiting, *(row.ask for group in self._groups.values() for row in group.rows)]
+            left = [*self._waiting, *(row.ask for group in self._groups for row in group.rows)]
         for ask in left:
             ask.gone = True
             ask.told(Failed(503, "the service is shutting down; ask again"))
@@ -153,7 +154,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Questions that are being answered."""
-        return sum(len(group.rows) for group in list(self._groups.values()))
+        return sum(len(group.rows) for group in list(self._groups))
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
@@ -166,12 +167,12 @@ class Engine:
                 if self._stopping and not (self._waiting or self._groups):
                     return
             self._join()
-            for model, group in list(self._groups.items()):
+            for group in list(self._groups):
                 begin = time.perf_counter()
                 self._guarded(group, partial(self._step, group))
                 self.steps, self.step_seconds = self.steps + 1, self.step_seconds + time.perf_counter() - begin
                 if not group.rows:
-                    del self._groups[model]
+                    self._groups.remove(group)
 
     def _join(self) -> None:
         """Let some of those who wait begin."""
@@ -203,23 +204,25 @@ class Engine:
             new.setdefault(ask.model, []).append((row, prompt))
             room, budget = room - 1, budget - len(prompt.ids)
         for model, joining in new.items():
-            group = self._groups.setdefault(model, _Group(Batch(model)))
+            group = next((g for g in self._groups if g.batch.model.goes_with(model)), None)
+            if group is None:
+                self._groups.append(group := _Group(Batch(model)))
             rows, prompts = [row for row, _ in joining], [prompt for _, prompt in joining]
             group.rows += rows
-            self._guarded(group, partial(self._begin, group, rows, prompts))
+            self._guarded(group, partial(self._begin, group, model, rows, prompts))
             if not group.rows:
-                del self._groups[model]
+                self._groups.remove(group)
 
     def _guarded(self, group: _Group, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # noqa: BLE001 - those of other states go on
+        except Exception as error:  # noqa: BLE001 - those of other weights go on
             for row in group.rows:
                 _failed(row.ask, error)
             group.rows = []
 
-    def _begin(self, group: _Group, rows: Sequence[_Row], prompts: Sequence[Prompt]) -> None:
-        self._take(group, rows, group.batch.add(prompts))
+    def _begin(self, group: _Group, model: EditableModel, rows: Sequence[_Row], prompts: Sequence[Prompt]) -> None:
+        self._take(group, rows, group.batch.add(prompts, model))
 
     def _step(self, group: _Group) -> None:
         kept = [i for i, row in enumerate(group.rows) if not _over(row.ask)]

@@ -1,7 +1,7 @@
 """Names of things of many kinds, and those among them that a model takes for the most like a subject.
 
 What an edit of "The capital of Nigeria is" moves by mistake is the capital of Ghana sooner than anything else. Editors
-hold some such names away while they train, and what is asked before an edit is made asks for others.
+set a threshold by some such names, and what is asked before an edit is made asks for others.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ house number 7|room 12|version 2.0|chapter 5
 """
 _NAMES = tuple(name for line in _KINDS.split("\n") for name in line.split("|") if name)
 
-TRAINED, JUDGED, ASKED = _NAMES[::3], _NAMES[1::3], _NAMES[2::3]
-"""The names that editors may train with, those they may set a threshold by, and those that are asked for afterwards."""
+JUDGED = tuple(name for i, name in enumerate(_NAMES) if i % 3 != 2)
+"""The names that editors may set a threshold by."""
+ASKED = _NAMES[2::3]
+"""The names that are asked for afterwards."""
 
 _CARRIER = "A word about"
 

@@ -373,6 +373,10 @@ async function list() {
   let answer;
   try {
     answer = await json(`/v1/edits?search=${encodeURIComponent(search)}`);
+    while (answer.has_more && mine === listing) {
+      const more = await json(`/v1/edits?search=${encodeURIComponent(search)}&after=${answer.data.at(-1).id}`);
+      answer = { ...more, data: [...answer.data, ...more.data] };
+    }
   } catch (error) {
     if (mine === listing && error.status !== 401) tell($("edits-error"), line(error));
     throw error;

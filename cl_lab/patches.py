@@ -24,6 +24,7 @@ from torch import Tensor
 from cl_lab.errors import ConfigError, DataError, nearest
 from cl_lab.files import write_atomically
 from cl_lab.hub import activation
+from cl_lab.subjects import NamedSubjects, SubjectKeys
 
 if TYPE_CHECKING:
     from cl_lab.editable import EditableModel, Site
@@ -274,6 +275,9 @@ class Routed:
     what comes behind it its answer, which is how Transformers generates.
     """
 
+    holds: ClassVar[bool] = True
+    """Whether a choice is held to the answer's end."""
+
     def __init__(self, model: EditableModel, site: Site) -> None:
         self._hang(model, site)
 
@@ -399,7 +403,7 @@ class SidePatch(Patch):
     A shard's memory is ``W + Σ values`` over its patches. ``gap`` is the least activation gap ``D`` of the shard's edits
     when the patch was made, and ``floor`` the gap that all but a few unrelated prompts stay below: see :func:`threshold`.
     Values are bf16, and were rounded so before they were judged. The memory acts from the prompt's last own token on, or on
-    the ``whole`` text.
+    the ``whole`` text. With ``subjects``, read at ``subject_path``, it answers for prompts alone that name one of them.
     """
 
     kind: ClassVar[str] = "side-memory"
@@ -412,11 +416,15 @@ class SidePatch(Patch):
     floor: float = 0.0
     merge: bool = False
     whole: bool = False
+    subject_path: str = ""
+    subjects: SubjectKeys | None = None
 
     def fires(self, model: EditableModel) -> str:
-        return "prompts like its own"
+        return "prompts like its own" + (" that name its subject" if self.subjects else "")
 
     def check(self, model: EditableModel) -> None:
+        if self.subjects:
+            model.submodule(self.subject_path)
         out, into = _shape_at(model, self.path)
         mask = unpacked(self.places, out * into)
         if int(mask.sum()) != len(self.values):
@@ -435,15 +443,16 @@ class SidePatch(Patch):
         return SideMemory(model, model.site(self.path))
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"places": self.places, "values": self.values}
+        return {"places": self.places, "values": self.values} | (self.subjects.tensors() if self.subjects else {})
 
     def settings(self) -> dict[str, Any]:
-        names = ("path", "shard", "gap", "floor", "merge", "whole")
+        names = ("path", "shard", "gap", "floor", "merge", "whole", "subject_path")
         return {name: getattr(self, name) for name in names}
 
     @classmethod
     def made(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Patch:
-        return cls(places=tensors["places"], values=tensors["values"], **settings)
+        subjects = SubjectKeys.read(tensors)
+        return cls(places=tensors["places"], values=tensors["values"], subjects=subjects, **settings)
 
 
 class SideMemory(Routed):
@@ -461,6 +470,7 @@ class SideMemory(Routed):
         self.whole = False
         self._sketches: Tensor | None = None
         self._made: dict[int, tuple[list[SidePatch], Tensor]] = {}
+        self._named = NamedSubjects([])
 
     def set(self, patches: Sequence[SidePatch]) -> None:
         """Take over what ``patches``, oldest first, amount to."""
@@ -480,6 +490,32 @@ class SideMemory(Routed):
             self.changes = {0: ties(list(self.changes.values()))}
             self.thresholds = {0: min(self.thresholds.values())}
         self._sketches = None
+        self._named = NamedSubjects([[(p.subject_path, p.subjects) for p in of[shard]] for shard in sorted(of)])
+        self._listen()
+
+    def _hang(self, model: EditableModel, site: Site) -> None:
+        super()._hang(model, site)
+        self._low: dict[str, Tensor] = {}  # what the pass in progress brought to where subjects are looked for
+        self._listening: list[Any] = []
+        if hasattr(self, "_named"):  # a twin's
+            self._listen()
+
+    def remove(self) -> None:
+        super().remove()
+        for handle in self._listening:
+            handle.remove()
+
+    def _listen(self) -> None:
+        for handle in self._listening:
+            handle.remove()
+        self._low.clear()
+        self._heard_at = {self.model.submodule(path): path for path in self._named.paths}
+        self._listening = [
+            module.register_forward_pre_hook(self._listens, with_kwargs=True) for module in self._heard_at
+        ]
+
+    def _listens(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self._low[self._heard_at[module]] = args[0] if args else kwargs["hidden_states"]
 
     def answering(self, which: int) -> Sequence[Patch]:
         merged = self.changes.keys() != self._made.keys()
@@ -495,32 +531,38 @@ class SideMemory(Routed):
 
     def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
         shards = list(self.changes)
+        named = self._named.among(self._low, asked)
+        if len(shards) < len(named):  # merged into one
+            named = named.any(0, keepdim=True)
         if len(shards) <= CANDIDATES:
             gaps = torch.stack([self._ratio(shard, inputs, asked) for shard in shards])
         else:
-            near = self._near(inputs, asked)
+            near = self._near(inputs, asked, named)
             gaps = torch.full((len(shards), len(inputs)), -1.0, device=inputs.device)
             for place in near.unique().tolist():
                 rows = (near == place).any(1)
                 gaps[place, rows] = self._ratio(shards[place], inputs[rows], asked[rows])
-        best, place = gaps.max(0)
+        best, place = torch.where(named, gaps, -1.0).max(0)
         return torch.where(best >= 1, torch.tensor(shards, device=inputs.device)[place], -1)
 
     def _ratio(self, shard: int, inputs: Tensor, asked: Tensor) -> Tensor:
         return activation_gap(self.changes[shard], inputs, asked) / self.thresholds[shard]
 
-    def _near(self, inputs: Tensor, asked: Tensor) -> Tensor:
-        """Places ``[B, CANDIDATES]`` of the memories whose gaps seem largest, by the lengths of random projections."""
+    def _near(self, inputs: Tensor, asked: Tensor, named: Tensor) -> Tensor:
+        """Places ``[B, CANDIDATES]`` of the memories whose gaps seem largest, by the lengths of random projections.
+
+        Before all others come those that ``named`` ``[memories, B]`` bool has.
+        """
         if self._sketches is None:  # made when they are first wanted: while edits are laid on, nobody asks
             width = self.site.weight.shape[0]
             drawn = torch.randn(SKETCH, width, generator=torch.Generator().manual_seed(0)) / SKETCH**0.5
             self._sketches = torch.stack([drawn.to(c) @ c for c in self.changes.values()])
         least = torch.tensor(list(self.thresholds.values()), device=inputs.device)
         found = []
-        for row, own in zip(inputs, asked, strict=True):
+        for row, own, some in zip(inputs, asked, named.T, strict=True):
             projected = row[own].to(self._sketches.dtype) @ self._sketches.flatten(0, 1).T
             length = projected.view(len(projected), len(least), SKETCH).norm(dim=2).mean(0)
-            found.append((length / least).topk(CANDIDATES).indices)
+            found.append(torch.where(some, length / least, -1.0).topk(CANDIDATES).indices)
         return torch.stack(found)
 
     def change(self, inputs: Tensor, which: int, asked: Tensor) -> Tensor:
@@ -576,6 +618,8 @@ class ReleasedMemory(SideMemory):
     one takes over if its gap reaches its own and is greater than that of the newest and of those before it, *whether or not
     these reach theirs*. The memory acts on the whole pass.
     """
+
+    holds: ClassVar[bool] = False
 
     def __init__(self, model: EditableModel, site: Site) -> None:
         super().__init__(model, site)

@@ -312,8 +312,6 @@ class Editor:
     """Whether it is decided once, by the prompt alone, whether a patch answers; an answer given beforehand says nothing."""
     by_subject: ClassVar[bool] = False
     """Whether it writes at the subject's last token: an edit must name its subject as it stands in the prompt."""
-    in_service: ClassVar[Mapping[str, Any]] = {}
-    """Knobs that a deployment begins with where none is given: there, what must not move weighs more than rewordings."""
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:

@@ -487,10 +487,19 @@ def application(
             raise HTTPException(400, str(error)) from None
 
     @app.get("/v1/edits", dependencies=[may(READ)], responses=responses)
-    async def list_edits(search: Annotated[str, Field(max_length=1000)] = "") -> dict[str, Any]:
-        """The edits, oldest first; those alone that have ``search`` in a prompt or an answer."""
-        found = await asyncio.to_thread(service.edits, search)
-        return {"object": "list", "events": service.state.position, "trouble": service.trouble, "data": found}
+    async def list_edits(
+        search: Annotated[str, Field(max_length=1000)] = "",
+        after: Annotated[int, Field(ge=0, le=10**9, description="Those alone with greater numbers.")] = 0,
+        limit: Annotated[int, Field(ge=1, le=1000, description="So many at most.")] = 1000,
+    ) -> dict[str, Any]:
+        """The edits, oldest first; those alone that have ``search`` in a prompt or an answer.
+
+        Where ``has_more`` is true, ``after`` the number of the last one there are others.
+        """
+        every = await asyncio.to_thread(service.edits, search)
+        found = [edit for edit in every if int(edit["id"]) > after]
+        about = {"events": service.state.position, "trouble": service.trouble, "has_more": len(found) > limit}
+        return {"object": "list", **about, "data": found[:limit]}
 
     @app.get("/v1/events", dependencies=[may(READ)], responses=responses)
     async def list_events() -> dict[str, Any]:

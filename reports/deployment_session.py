@@ -33,14 +33,15 @@ def main() -> None:
     """Run the session and print its document."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("service", type=Path, help="folder of the deployment, which is made")
+    parser.add_argument("settings", nargs="*", help="the editor's knobs, for example steps=20")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--editor", default="wise")
     parser.add_argument("--facts", type=Path, default=Path("configs/corrections.jsonl"), help="one edit for each line")
     parser.add_argument("--others", type=Path, default=Path("configs/corrections-others.jsonl"), help="questions aside")
     parser.add_argument("--undo", type=int, default=3, help="the edit that is undone")
     parser.add_argument("--threads", type=int, default=1, help="that answer")
-    given = parser.parse_args()
-    cli("edit", "init", str(given.service), "--model", given.model, "--editor", given.editor)
+    given = parser.parse_intermixed_args()
+    cli("edit", "init", str(given.service), *given.settings, "--model", given.model, "--editor", given.editor)
     facts, others = lines(given.facts), [record["prompt"] for record in lines(given.others)]
     with served(given.service, given.threads) as (url, process):
         document, now = session(url, process, given.model, facts, others, given.undo)

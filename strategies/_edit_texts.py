@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cl_lab import names, seeding
+from cl_lab import seeding
 from cl_lab.editable import EditableModel, Site
 from cl_lab.errors import ConfigError, EditError
 from cl_lab.facts import Edit
@@ -39,31 +38,6 @@ def forms(model: EditableModel, edit: Edit, contexts: int, chat: bool) -> list[P
     if chat:
         pairs.append((model.encode_prompt(edit.prompt, chat=True), model.encode_answer(edit.answer, chat=True)))
     return pairs
-
-
-_VERB = re.compile(r"^(?P<head>.{3,}?) (?P<verb>is|are|was|were)(?P<rest>( (the|a|an|in|by|located in))?)$")
-
-
-def rewordings(edit: Edit, number: int) -> list[str]:
-    """Up to ``number`` of the edit's prompt in other words, as far as rearranging it goes; the subject's place changes.
-
-    They know nothing but the prompt and its subject: no paraphrase that an edit is scored by goes in.
-    """
-    prompt = edit.prompt.strip()
-    bare = prompt.rstrip("?.: ")
-    low = bare[:1].lower() + bare[1:]
-    subject = edit.subject if edit.subject and edit.subject in prompt else ""
-    if stated := _VERB.match(bare):
-        head = stated["head"]
-        head = head[:1].lower() + head[1:] if head.startswith(("The ", "A ")) else head
-        found = [f"What {stated['verb']} {head}?", f"Question: {head}? Answer:", f"Do you know {head}?"]
-    else:
-        found = [f"{bare}? Answer:", f"Could you tell me {low}?"]
-        if subject and not bare.endswith(subject):
-            found.insert(1, f"{bare.replace(subject, 'it')}? I mean {subject}.")
-    if subject:
-        found.insert(1, f"{subject}: {bare if bare.startswith(subject) else low}")
-    return found[:number]
 
 
 QUESTION_FORMS = (
@@ -127,21 +101,13 @@ SUBJECTS = (
 )
 
 
-def neighbours(model: EditableModel, edit: Edit, number: int, like: int = 0) -> tuple[list[str], list[str]]:
-    """The edit's prompt with other subjects in place of its own: ``number`` to train with, and some to judge by.
-
-    Of the former ``like`` are real, those most like its own, and the rest made up; the latter are half as many, as like it,
-    and others. None where its subject is not known or not in the prompt.
-    """
+def neighbours(edit: Edit, number: int) -> list[str]:
+    """The edit's prompt with ``number`` made-up subjects in place of its own; none where that is not known or not in it."""
     if not edit.subject or edit.subject not in edit.prompt:
-        return [], []
-    trained = names.alike(model, edit.subject, min(like, number), names.TRAINED) if like else []
+        return []
     order = seeding.permutation(len(SUBJECTS), 0, "neighbours", edit.prompt).tolist()
-    trained += [SUBJECTS[i] for i in order][: number - len(trained)]
-    trained = [name for name in trained if name != edit.subject]
-    judged = names.alike(model, edit.subject, like // 2, names.JUDGED) if like else []
-    with_others = [[edit.prompt.replace(edit.subject, other) for other in some] for some in (trained, judged)]
-    return with_others[0], with_others[1]
+    others = [SUBJECTS[i] for i in order if SUBJECTS[i] != edit.subject]
+    return [edit.prompt.replace(edit.subject, other) for other in others[:number]]
 
 
 def unrelated_prompts() -> list[str]:

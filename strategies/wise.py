@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,8 +16,10 @@ from cl_lab.facts import Edit
 from cl_lab.knobs import knob
 from cl_lab.patches import Patch, SidePatch, packed, shard_change, unpacked
 from cl_lab.protocols import Editor
+from cl_lab.subjects import SubjectKeys
 
-from ._edit_texts import CONTEXTS, descend, edit_site, forms, neighbours, rewordings, row_loss, unrelated_prompts
+from ._edit_texts import CONTEXTS, descend, edit_site, forms, neighbours, row_loss, unrelated_prompts
+from ._subjects import subject_keys, subject_site
 
 Asked = tuple[str, bool]
 """A prompt, and whether it is asked as a chat's turn."""
@@ -45,13 +47,14 @@ class Wise(Editor):
     nearest prompts of other shards. The answer's end is learnt. A shard's threshold is seven tenths of the least gap of its
     edits, but not below what all but a ``false_positives`` share of unrelated prompts reach that were not trained on.
 
-    So trained an edit answers for rewordings, and for the same question about other subjects as well: "The capital of Japan
-    is" for Australia's. With ``like`` such subjects are held away, and others set the threshold; a deployment begins with
-    that, a greater ``margin`` and a larger share ``rho``. What is the same question in other words then is lost sooner.
+    ``D`` is a mean over the prompt's tokens, of which all but the subject's are the same in the same question about another:
+    alone it answers "The capital of Japan is" with Australia's. So where an edit says its subject, a prompt must name it:
+    low in the model, where a name is itself already, its tokens must come nearer to the subject's than the most similar of
+    other names do (``subjects``; :class:`~cl_lab.subjects.SubjectKeys`). Names that differ by a number or a word of several
+    are not told apart.
     """
 
     removable: ClassVar[bool] = False
-    in_service: ClassVar[Mapping[str, Any]] = {"margin": 8.0, "neighbours": 32, "like": 16, "rho": 0.5}
 
     layer: int | None = knob(
         None, "layer whose down-projection gets a side memory; null: three quarters up (22 of 30)", ge=0
@@ -77,7 +80,6 @@ class Wise(Editor):
     )
     replay: int = knob(4, "earlier edits of the shard rehearsed in every step, in turn; 0: none", ge=0)
     contexts: int = knob(1, "beginnings put before each prompt in training", ge=0, le=8)
-    rewordings: int = knob(0, "the prompt in so many other words, made from it, that train likewise", ge=0, le=4)
     chat: bool = knob(True, "also train the prompt as a chat's turn, where the model has a template")
     unrelated: int = knob(192, "unrelated prompts held away in training; others set the threshold", ge=1, le=256)
     neighbours: int = knob(
@@ -85,8 +87,12 @@ class Wise(Editor):
         "the edit's prompt with so many other subjects, and so many prompts of other shards, held away likewise",
         ge=0,
     )
-    like: int = knob(
-        0, "of these subjects, those real and most like the edit's own; half as many others set the threshold", ge=0
+    subjects: float | None = knob(
+        0.35,
+        "a prompt must name the edit's subject: be nearer to it, by such a share of the way, than the most similar of other "
+        "names; null: it need not",
+        ge=0,
+        le=1,
     )
     sampled: int = knob(32, "of the unrelated prompts, those that a step looks at; it looks at all neighbours", ge=1)
     precision: Literal["fp32", "bf16"] = knob(
@@ -114,19 +120,15 @@ class Wise(Editor):
         chat = self.chat and model.tokenizer.can_chat
         held, others = earlier[len(earlier) - count :] if count else (), earlier[: len(earlier) - count]
         with model.unrouted():  # what reaches the layer is the model's own, and so is what it gives to go on from
-            reworded = [replace(e, prompt=text) for e in edits for text in rewordings(e, self.rewordings)]
-            at = _rows_above(model, site, edits, self.contexts, chat, reworded)
+            at = _rows_above(model, site, edits, self.contexts, chat)
             old = self._rehearsed(model, site, held, shard, chat)
             away, kept = (heard_prompts(model, site, in_turn(half, chat)) for half in self._unrelated())
             unit = _unit(away, site)
-            others_of = [neighbours(model, e, self.neighbours, self.like) for e in edits]
-            beside = [text for e, (some, _) in zip(edits, others_of, strict=True) for text in [*e.irrelevant, *some]]
+            beside = [text for e in edits for text in [*e.irrelevant, *neighbours(e, self.neighbours)]]
             beside += nearest(model, site, [e.prompt for e in edits], [e.prompt for e in others], self.neighbours)
             near = heard_prompts(model, site, both_ways(dict.fromkeys(beside), chat), keep=False) if beside else None
-            judged = in_turn([text for _, some in others_of for text in some], chat)
-            other = heard_prompts(model, site, judged, keep=False) if judged else None
             behind = [f"{context} {e.prompt}" for e in edits for context in CONTEXTS[: self.contexts]]
-            behind += [e.prompt for e in reworded]
+            keys = self._subjects(model, edits, chat)
             mine = both_ways([e.prompt for e in [*edits, *held]], chat) + [(text, False) for text in behind]
             asked = heard_prompts(model, site, mine)
         trained, notes = self._train(at, old, before, free, away, near, asked, unit, edits)
@@ -134,8 +136,6 @@ class Wise(Editor):
         values = trained.to(torch.bfloat16)
         change = _with(before, free, values.float())
         gap, floor = float(asked.gap(change).min()), float(kept.gap(change).quantile(1 - self.false_positives))
-        if other is not None:  # but what was asked for is answered
-            floor = max(floor, min(float(other.gap(change).max()), 0.95 * gap))
         return SidePatch(
             "wise",
             notes | {"edits": len(edits), "unit": unit},
@@ -146,7 +146,22 @@ class Wise(Editor):
             gap=gap,
             floor=floor,
             merge=self.mode == "merge",
+            subject_path=subject_site(model).path if keys else "",
+            subjects=keys,
         )
+
+    def _subjects(self, model: EditableModel, edits: Sequence[Edit], chat: bool) -> SubjectKeys | None:
+        """What tells the edits' subjects from others; None where they are not asked for, or not known."""
+        if self.subjects is None or not all(e.subject and e.subject in e.prompt for e in edits):
+            return None
+        site = subject_site(model)
+        away = heard_prompts(model, site, in_turn(self._unrelated()[0], False)).tokens
+
+        def hear(at: Site, prompts: Sequence[str]) -> list[Tensor]:
+            return heard_prompts(model, at, in_turn(prompts, False), keep=False).each()
+
+        own = [heard_prompts(model, site, both_ways([e.prompt], chat), keep=False).each() for e in edits]
+        return subject_keys(model, edits, own, away, hear, self.subjects)
 
     def _rehearsed(self, model: EditableModel, site: Site, held: Sequence[Edit], shard: int, chat: bool) -> list[Above]:
         """The shard's earlier edits, ``replay`` at a time; those that are complete are read once for a shard's life."""
@@ -244,6 +259,10 @@ class Heard:
         found = place[self.of]
         return Heard(self.tokens[found >= 0], found[found >= 0], len(prompts))
 
+    def each(self) -> list[Tensor]:
+        """The tokens of each prompt, ``[T_i, in]``."""
+        return list(self.tokens.split(torch.bincount(self.of, minlength=self.count).tolist()))
+
     def directions(self) -> Tensor:
         """``[count, in]`` of length 1: the mean of each prompt's tokens, less the mean of all tokens."""
         centred = self.tokens - self.tokens.mean(0)
@@ -289,12 +308,8 @@ def both_ways(prompts: Iterable[str], chat: bool) -> list[Asked]:
     return [(text, turn) for text in prompts for turn in (False, True)[: 1 + chat]]
 
 
-def _rows_above(
-    model: EditableModel, site: Site, edits: Sequence[Edit], contexts: int, chat: bool, more: Sequence[Edit] = ()
-) -> Above:
-    """``edits`` in all their forms, and ``more`` as they are."""
-    pairs = [pair for edit in edits for pair in forms(model, edit, contexts, chat)]
-    rows = model.rows(pairs + [pair for edit in more for pair in forms(model, edit, 0, False)])
+def _rows_above(model: EditableModel, site: Site, edits: Sequence[Edit], contexts: int, chat: bool) -> Above:
+    rows = model.rows([pair for edit in edits for pair in forms(model, edit, contexts, chat)])
     return model.above(rows, site, from_prompt_end=True)
 
 

@@ -15,7 +15,15 @@ PACKAGES = ("cl_lab", "strategies", "scenarios")
 # Modules of the core from the ground up; a module imports only from its own layer or below.
 LAYERS = [
     {"cl_lab", "cl_lab.errors", "cl_lab.compat", "cl_lab.files"},
-    {"cl_lab.facts", "cl_lab.hub", "cl_lab.records", "cl_lab.knobs", "cl_lab.environment", "cl_lab.adapters"},
+    {
+        "cl_lab.facts",
+        "cl_lab.hub",
+        "cl_lab.records",
+        "cl_lab.knobs",
+        "cl_lab.environment",
+        "cl_lab.adapters",
+        "cl_lab.subjects",
+    },
     {
         "cl_lab.protocols",
         "cl_lab.seeding",
@@ -76,6 +84,7 @@ LEAVES = {
     "cl_lab.protocols",
     "cl_lab.records",
     "cl_lab.seeding",
+    "cl_lab.subjects",
 }
 
 # Heavy or replaceable third parties: each in one place only.

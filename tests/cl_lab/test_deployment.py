@@ -113,12 +113,6 @@ def test_every_position_of_the_journal_is_a_state(folder: Path, model: EditableM
         again.load(7)
 
 
-def test_a_deployment_begins_with_what_its_editor_wants_in_service(tmp_path: Path) -> None:
-    made = Deployment.create(tmp_path / "one", "tiny", {"name": "wise", "margin": 3.0})
-    assert made.document["editor"] == {"name": "wise", "margin": 3.0, "neighbours": 32, "like": 16, "rho": 0.5}
-    assert Deployment.create(tmp_path / "two", "tiny", EDITOR).document["editor"] == EDITOR
-
-
 def test_what_is_not_there_cannot_be_undone(folder: Path) -> None:
     made = Deployment(folder)
     with made.changing():

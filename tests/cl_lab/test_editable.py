@@ -15,6 +15,7 @@ from cl_lab import hub
 from cl_lab.compat import import_torchvision
 from cl_lab.editable import Batch, EditableModel, Rows, Site, check_plain_residual
 from cl_lab.errors import ConfigError
+from cl_lab.patches import Delta, ReleasedSidePatch, SidePatch, WeightPatch, packed
 
 import_torchvision()  # in the way that does not fail where its operators are missing; Transformers reaches for it
 transformers: Any = importlib.import_module("transformers")
@@ -404,3 +405,20 @@ def test_a_model_without_the_parts_is_told_on_one_line() -> None:
             lambda: model.above(rows_of(model), model.down_projection(0)),
             "no normalisation is found behind its layers (of absent)",
         )
+
+
+def test_texts_of_the_same_weights_go_together_unless_one_decides_anew_at_each_token() -> None:
+    model = editable("llama")
+    site = model.down_projection(1)
+    beside, released, other = model.twin(), model.twin(), model.twin()
+    everywhere = packed(torch.ones(site.weight.numel(), dtype=torch.bool))
+    values = torch.ones(site.weight.numel(), dtype=torch.bfloat16)
+    SidePatch("by hand", path=site.path, shard=0, places=everywhere, values=values, gap=1.0).apply(beside)
+    ReleasedSidePatch("by hand", path=site.path, shard=0, places=everywhere, values=values, gap=1.0).apply(released)
+    WeightPatch("by hand", {}, {site.path: Delta(dense=torch.ones(site.weight.shape))}).apply(other)
+    assert beside.goes_with(model)
+    assert model.goes_with(beside)
+    assert not model.goes_with(other)
+    assert not other.goes_with(beside)
+    assert not model.goes_with(released)
+    assert released.goes_with(released)

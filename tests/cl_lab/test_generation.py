@@ -15,7 +15,7 @@ from cl_lab import hub
 from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable
 from cl_lab.generation import Ask, Done, Engine, Failed, Full, Piece, Speech
-from cl_lab.patches import Delta, WeightPatch
+from cl_lab.patches import Delta, SidePatch, WeightPatch, packed
 
 BYTES = hub.load_tokenizer("bytes")
 PROMPTS = ["The capital of Peru is", "Q", "Who wrote it, and when was that?", "Two", "Some more words", "Zebras have"]
@@ -92,6 +92,28 @@ def test_many_of_several_states_are_answered_as_if_alone(engine: Engine, states:
         assert h.end.prompt_tokens == len(prompt)
         assert h.end.tokens == n or h.end.reason == "stop"
     assert (engine.running, engine.waiting) == (0, 0)
+
+
+def test_states_of_the_same_weights_are_stepped_together(engine: Engine) -> None:
+    """Each text is answered by its own state's side memories, though all are one batch."""
+    base = load_editable("tiny")
+    found = [base]
+    for seed in (1, 2, 3):
+        twin = found[-1].twin()
+        drawn = torch.Generator().manual_seed(seed)
+        path = twin.down_projection(seed % 2).path
+        shape = twin.site(path).weight.shape
+        places = packed(torch.ones(shape.numel(), dtype=torch.bool))
+        values = 0.3 * torch.randn(shape.numel(), generator=drawn)
+        SidePatch("by hand", path=path, shard=seed, places=places, values=values.bfloat16(), gap=1e-6).apply(twin)
+        found.append(twin)
+    asked = [(i % 4, PROMPTS[i % len(PROMPTS)]) for i in range(24)]
+    expected = {(s, p): found[s].twin().answer([p], max_new_tokens=9)[0] for s, p in asked}
+    assert len({expected[s, PROMPTS[0]] for s in range(4) if (s, PROMPTS[0]) in expected}) > 1, "the states differ"
+    heard = [ask(engine, found[s], p, max_tokens=9) for s, p in asked]
+    assert [h.text().partition("\n")[0].strip() for h in heard] == [expected[s, p] for s, p in asked]
+    assert [h.end.fired for h in heard] == [found[s].fired(p) for s, p in asked]
+    assert engine.steps < 24 / 4 * 9 * 1.5, "four at a time, whichever state they are of"
 
 
 def test_what_is_drawn_hangs_on_the_seed_alone(engine: Engine, states: list[EditableModel]) -> None:
@@ -172,8 +194,8 @@ def test_what_cannot_be_read_is_told_so(
     assert ask(engine, states[0], "Two", max_tokens=3).text() == alone(states[0], "Two", 3)
 
 
-def test_a_model_that_fails_takes_no_other_with_it(engine: Engine, states: list[EditableModel]) -> None:
-    broken = states[0].twin()
+def test_a_model_that_fails_takes_none_of_other_weights_with_it(engine: Engine, states: list[EditableModel]) -> None:
+    broken = states[1].twin()
     passes = []
 
     def fail(*_: Any) -> None:

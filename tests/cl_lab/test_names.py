@@ -29,14 +29,14 @@ def test_the_nearest_are_those_whose_tokens_point_the_same_way() -> None:
 
 def test_a_subject_is_not_like_itself() -> None:
     model = load_editable("tiny")
-    for names_of in (names.TRAINED, names.JUDGED, names.ASKED):
+    for names_of in (names.JUDGED, names.ASKED):
         for name in names_of[::7]:
             assert name not in names.alike(model, name, 999, names_of)
-    assert "the Nile" not in names.alike(model, "Nile", 999, [*names.TRAINED, *names.ASKED])
+    assert "the Nile" not in names.alike(model, "Nile", 999, [*names.JUDGED, *names.ASKED])
 
 
-def test_what_is_trained_with_is_not_asked_for() -> None:
-    parts = [names.TRAINED, names.JUDGED, names.ASKED]
+def test_what_a_threshold_is_judged_by_is_not_asked_for() -> None:
+    parts = [names.JUDGED, names.ASKED]
     assert sum(map(len, parts)) == len({name for part in parts for name in part})
     assert min(map(len, parts)) > 60
 

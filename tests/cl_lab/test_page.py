@@ -42,8 +42,7 @@ def browser() -> Iterator[Any]:
 def serving(folder: Path, editor: str, *gates: str, tokens: Path | None = None) -> Iterator[str]:
     """The address of a service of the random tiny model, whose ``editor`` learns in seconds."""
     cls: Any = registry.load("editors", editor)[0]
-    knobs = {name: field.default for name, field in cls.__dataclass_fields__.items() if name in cls.in_service}
-    settings = [f"{name}={value}" for name, value in (knobs | cls.conformance_knobs()).items()]
+    settings = [f"{name}={value}" for name, value in cls.conformance_knobs().items()]
     command = [sys.executable, "-m", "cl_lab"]
     subprocess.run(
         [*command, "edit", "init", str(folder), *settings, "--model", "tiny", "--editor", editor, *gates],

@@ -318,6 +318,9 @@ def test_an_edit_is_previewed_made_undone_and_done_again(folder: Path) -> None:
         assert [(row["id"], row["in_force"]) for row in listed["data"]] == [("1", True), ("2", True), ("3", True)]
         assert [row["id"] for row in client.get("/v1/edits", params={"search": "zEBra"}).json()["data"]] == ["3"]
         assert client.get("/v1/edits", params={"search": "nothing"}).json()["data"] == []
+        pages = [client.get("/v1/edits", params={"limit": 2, "after": n}).json() for n in (0, 2, 3)]
+        assert [[row["id"] for row in page["data"]] for page in pages] == [["1", "2"], ["3"], []]
+        assert [page["has_more"] for page in pages] == [True, False, False]
         shown = client.get("/v1/edits/3").json()
         assert shown["facts"] == [fact]
         assert shown["patch"]["kind"] == "weights"

@@ -13,6 +13,7 @@ from cl_lab.editable import EditableModel
 from cl_lab.facts import Edit
 from cl_lab.patches import SidePatch, activation_gap, shard_change, unpacked
 from strategies._edit_texts import SUBJECTS, neighbours
+from strategies._subjects import subject_site
 from strategies.wise import Wise, both_ways, heard_prompts, in_turn, nearest
 
 BYTES = hub.load_tokenizer("bytes")
@@ -111,33 +112,36 @@ def test_ways_of_asking_by_hand() -> None:
     assert both_ways("ab", False) == [("a", False), ("b", False)]
 
 
-def test_neighbours_are_the_prompt_with_other_subjects(model: EditableModel) -> None:
-    found, judged = neighbours(model, EDITS[0], 5, 3)
-    subjects = [text.removeprefix("The capital of ").removesuffix(" is") for text in found]
-    assert len({*subjects}) == 5
-    assert subjects[:3] == names.alike(model, "Peru", 3, names.TRAINED)
-    assert {*subjects[3:]} < {*SUBJECTS}
-    assert judged == [f"The capital of {name} is" for name in names.alike(model, "Peru", 1, names.JUDGED)]
-    assert neighbours(model, EDITS[0], 5, 3) == (found, judged)
-    assert not {*found} & {*neighbours(model, EDITS[0], 9, 9)[1]}, "what a threshold is judged by was not trained with"
-    made_up, none = neighbours(model, EDITS[0], 5)
-    assert none == []
-    assert {text.removeprefix("The capital of ").removesuffix(" is") for text in made_up} < {*SUBJECTS}
-    assert neighbours(model, EDITS[0], 0) == ([], [])
-    assert neighbours(model, Edit("Zebras have", "q"), 3, 3) == ([], [])
-    assert neighbours(model, Edit("Zebras have", "q", subject="Lions"), 3, 3) == ([], [])
-    assert len(neighbours(model, EDITS[0], 999, 999)[0]) == len(SUBJECTS) + len(names.TRAINED)
+def test_neighbours_are_the_prompt_with_other_subjects() -> None:
+    found = neighbours(EDITS[0], 5)
+    assert len({*found}) == 5
+    assert {text.removeprefix("The capital of ").removesuffix(" is") for text in found} < {*SUBJECTS}
+    assert neighbours(EDITS[0], 5) == found
+    assert neighbours(EDITS[0], 0) == []
+    assert neighbours(Edit("Zebras have", "q"), 3) == []
+    assert neighbours(Edit("Zebras have", "q", subject="Lions"), 3) == []
+    assert len(neighbours(EDITS[0], 999)) == len(SUBJECTS)
 
 
-def test_what_is_asked_of_other_subjects_sets_the_threshold(model: EditableModel) -> None:
-    near, far = (wise(neighbours=6, like=like).propose(model, [EDITS[0]]) for like in (6, 0))
-    assert isinstance(near, SidePatch)
-    assert isinstance(far, SidePatch)
-    site = model.down_projection(2)
-    _, judged = neighbours(model, EDITS[0], 6, 6)
-    gaps = heard_prompts(model, site, in_turn(judged, False)).gap(shard_change([near], site))
-    assert near.floor >= min(float(gaps.max()), 0.95 * near.gap) - 1e-6
-    assert far.floor != near.floor
+def test_a_prompt_must_name_the_subject(model: EditableModel) -> None:
+    patch, plain = (wise(subjects=share).propose(model, [EDITS[0]]) for share in (0.35, None))
+    assert isinstance(patch, SidePatch)
+    assert isinstance(plain, SidePatch)
+    assert torch.equal(patch.values, plain.values), "it is trained as it would be without"
+    assert plain.subjects is None
+    keys = patch.subjects
+    assert keys is not None
+    site = subject_site(model)
+    assert patch.subject_path == site.path
+    prompts = [EDITS[0].prompt, *(EDITS[0].prompt.replace("Peru", name) for name in names.JUDGED)]
+    heard = heard_prompts(model, site, in_turn(prompts, False), keep=False).each()
+    found = [float(keys.resemblance(h[None], torch.ones(1, len(h), dtype=torch.bool))) for h in heard]
+    assert found[0] == pytest.approx(1, abs=1e-5)
+    assert len(keys.tokens) == len("Peru") + 1, "a byte each, and the blank before"
+    judged = names.alike(model, "Peru", 8, names.JUDGED)
+    nearest = max(found[1 + names.JUDGED.index(name)] for name in judged)
+    assert float(keys.least) == pytest.approx(min(nearest + 0.35 * (1 - nearest), 0.9), abs=1e-5)
+    assert wise().propose(model, [Edit("Zebras have", "q")]).subjects is None, "where none is known, none is asked for"
 
 
 def test_the_nearest_prompts_are_those_that_bring_nearly_the_same(model: EditableModel) -> None:
