@@ -758,6 +758,7 @@ def _preview_table(prompt: str, seen: Mapping[str, Any]) -> Any:
         f"{seen['seconds']:.1f} s; answers {seen['fires']}"
         + "".join(f"\nbroken: {line}" for line in seen["broken"])
         + "".join(f"\nlook: {line}" for line in seen["suspects"])
+        + "".join(f"\nabout: {subject}" for subject in seen["subjects"] if subject)
     )
     return table
 

@@ -10,6 +10,7 @@ that was not finished counts for nothing and is taken away by the next event. On
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import hashlib
@@ -267,15 +268,21 @@ class Deployment:
     ) -> tuple[Patch, dict[str, Any]]:
         """A patch for ``edits`` on ``model``, which stays as it is, and what it would do (:func:`preview`).
 
-        ``suspects`` says which edits in force it may contradict in other words.
+        ``suspects`` says which edits in force it may contradict in other words, ``subjects`` what each fact was taken to be
+        about: what it says, or else what :func:`cl_lab.names.guessed` finds in its prompt.
 
         Raises :class:`EditError` where it contradicts an edit in force, and what the editor raises.
         """
         earlier = [edit for identifier in self.active() for edit in self.edits(identifier)]
         self._refuse_conflicts(edits, earlier)
         editor = registry.create("editors", self.document["editor"], "editor")
-        patch, seen = preview(model, editor, edits, earlier, self.guards(), self.document["gates"], chat=chat)
-        return patch, seen | {"suspects": [conflict.why for conflict in suspects(edits, earlier)]}
+        about = [e if e.subject else dataclasses.replace(e, subject=names.guessed(e.prompt)) for e in edits]
+        patch, seen = preview(model, editor, about, earlier, self.guards(), self.document["gates"], chat=chat)
+        more = {
+            "suspects": [conflict.why for conflict in suspects(edits, earlier)],
+            "subjects": [e.subject for e in about],
+        }
+        return patch, seen | more
 
     def apply(self, model: EditableModel, patch: Patch, edits: Sequence[Edit], *, forced: bool = False) -> str:
         """Write an edit down and lay it on ``model``; returns its id. Call it inside :meth:`changing`.

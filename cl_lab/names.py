@@ -6,6 +6,7 @@ set a threshold by some such names, and what is asked before an edit is made ask
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +54,36 @@ ASKED = _NAMES[2::3]
 """The names that are asked for afterwards."""
 
 _CARRIER = "A word about"
+
+_OPENERS = (
+    " a an the what who whom whose which where when why how is are was were do does did has have had in on at of for "
+    "from to by with as and or but if it its this that these those there here please tell name question my our your his her "
+    "their "
+)
+_JOINING = " of the and de la le du von van der den di da del al el & in on for to a an "
+
+
+def guessed(prompt: str) -> str | None:
+    """What a prompt is about, by its capital letters: the longest run of capitalised words, or what stands in quotes.
+
+    A prompt's first word counts unless it is an article, a question word or the like. None where nothing is found.
+    """
+    if quoted := re.findall(r"[“\"«]([^”\"»]{2,80})[”\"»]", prompt):
+        return str(max(quoted, key=len))
+    words = [(m.start(), m.end(), m[0]) for m in re.finditer(r"\w[\w’'.-]*\w|\w|&", prompt)]
+    best: tuple[int, int] = (0, 0)
+    begin: int | None = None
+    end = 0
+    for n, (first, last, word) in enumerate([*words, (len(prompt), len(prompt), "")]):
+        bare = re.sub(r"['’]s$", "", word)
+        named = bare[:1].isupper() or (begin is not None and bare[:1].isdigit())
+        if named and not (n == 0 and f" {bare.casefold()} " in _OPENERS):
+            begin, end = (first if begin is None else begin), last - len(word) + len(bare)
+        elif begin is not None and (f" {bare.casefold()} " not in _JOINING or not word):
+            best, begin = max(best, (begin, end), key=lambda run: run[1] - run[0]), None
+        if begin is not None and bare != word:
+            best, begin = max(best, (begin, end), key=lambda run: run[1] - run[0]), None
+    return prompt[slice(*best)] or None
 
 
 @torch.no_grad()

@@ -474,3 +474,17 @@ def test_an_edit_that_breaks_a_gate_is_not_applied_unless_forced(tmp_path: Path)
     cli(*words, "--force")
     (row,) = json.loads(cli("list", place, "--json"))["edits"]
     assert row["forced"] is True
+
+
+def test_what_a_fact_is_about_is_guessed_where_it_is_not_said(folder: Path) -> None:
+    made = Deployment(folder)
+    target = made.load()
+    said = [Edit("The capital of Chad is", "B"), Edit("The capital of Chad is", "B", subject="Chad is")]
+    for edit, subject in zip(said, ["Chad", "Chad is"], strict=True):
+        _, seen = made.propose(target, [edit])
+        assert seen["subjects"] == [subject]
+        assert seen["asked_aside"] > len(made.guards()), "the same is asked of others"
+    with made.changing():
+        assert made.edits(made.apply(target, by_hand(target, 1), said[:1]))[0].subject is None, (
+            "facts stay as they were given"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cl_lab import names
@@ -48,3 +49,25 @@ def test_edits_do_not_change_what_is_alike() -> None:
     site = fresh.down_projection(0)
     WeightPatch("by hand", {}, {site.path: Delta(dense=torch.ones(site.weight.shape))}).apply(fresh)
     assert names.alike(fresh, "Peru", 5, names.ASKED) == before
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("The capital of Australia is", "Australia"),
+        ("What is the capital of New Zealand?", "New Zealand"),
+        ("Who wrote The Lord of the Rings?", "The Lord of the Rings"),
+        ("Marie Curie was born in", "Marie Curie"),
+        ("Where does Derek Whitehead play?", "Derek Whitehead"),
+        ("Australia's capital is", "Australia"),
+        ("The currency of Trinidad and Tobago is the", "Trinidad and Tobago"),
+        ("Boeing 747 was first flown in", "Boeing 747"),
+        ('The author of "war and peace" is', "war and peace"),
+        ("Zebras have", "Zebras"),
+        ("the password of house number 3 is", None),
+        ("What is it?", None),
+    ],
+)
+def test_a_subject_is_guessed_by_its_capitals(prompt: str, subject: str | None) -> None:
+    assert names.guessed(prompt) == subject
+    assert subject is None or subject in prompt

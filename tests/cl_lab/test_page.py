@@ -43,6 +43,7 @@ def serving(folder: Path, editor: str, *gates: str, tokens: Path | None = None) 
     """The address of a service of the random tiny model, whose ``editor`` learns in seconds."""
     cls: Any = registry.load("editors", editor)[0]
     settings = [f"{name}={value}" for name, value in cls.conformance_knobs().items()]
+    settings += ["neighbours=0"] if editor == "wise" else []  # so small a model does not learn to tell them apart
     command = [sys.executable, "-m", "cl_lab"]
     subprocess.run(
         [*command, "edit", "init", str(folder), *settings, "--model", "tiny", "--editor", editor, *gates],
