@@ -60,13 +60,18 @@ _OPENERS = (
     "from to by with as and or but if it its this that these those there here please tell name question my our your his her "
     "their "
 )
+_NEVER = (
+    " i january february march april may june july august september october november december "
+    "monday tuesday wednesday thursday friday saturday sunday "
+)
 _JOINING = " of the and de la le du von van der den di da del al el & in on for to a an "
 
 
 def guessed(prompt: str) -> str | None:
     """What a prompt is about, by its capital letters: the longest run of capitalised words, or what stands in quotes.
 
-    A prompt's first word counts unless it is an article, a question word or the like. None where nothing is found.
+    A prompt's first word counts unless it is an article, a question word or the like; months and days never do. None where
+    nothing is found.
     """
     if quoted := re.findall(r"[“\"«]([^”\"»]{2,80})[”\"»]", prompt):
         return str(max(quoted, key=len))
@@ -76,10 +81,11 @@ def guessed(prompt: str) -> str | None:
     end = 0
     for n, (first, last, word) in enumerate([*words, (len(prompt), len(prompt), "")]):
         bare = re.sub(r"['’]s$", "", word)
+        plain = f" {bare.casefold()} "
         named = bare[:1].isupper() or (begin is not None and bare[:1].isdigit())
-        if named and not (n == 0 and f" {bare.casefold()} " in _OPENERS):
+        if named and plain not in _NEVER and not (n == 0 and plain in _OPENERS):
             begin, end = (first if begin is None else begin), last - len(word) + len(bare)
-        elif begin is not None and (f" {bare.casefold()} " not in _JOINING or not word):
+        elif begin is not None and (plain not in _JOINING or not word):
             best, begin = max(best, (begin, end), key=lambda run: run[1] - run[0]), None
         if begin is not None and bare != word:
             best, begin = max(best, (begin, end), key=lambda run: run[1] - run[0]), None

@@ -458,7 +458,8 @@ class SidePatch(Patch):
 class SideMemory(Routed):
     """WISE's side memories on one layer: a change of its weight for each shard, and the gap from which each answers.
 
-    Of more than :data:`CANDIDATES` memories the gaps are first estimated, each from :data:`SKETCH` random projections of its
+    Gaps are computed for prompts alone that name a memory's subject, where it has one. Of more than :data:`CANDIDATES`
+    memories that may answer the gaps are first estimated, each from :data:`SKETCH` random projections of its
     change (Johnson and Lindenstrauss), and computed for those alone that seem furthest above their thresholds: five hundred
     memories cost little more than sixteen.
     """
@@ -515,7 +516,7 @@ class SideMemory(Routed):
         ]
 
     def _listens(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        self._low[self._heard_at[module]] = args[0] if args else kwargs["hidden_states"]
+        self._low[self._heard_at[module]] = (args[0] if args else kwargs["hidden_states"]).detach()
 
     def answering(self, which: int) -> Sequence[Patch]:
         merged = self.changes.keys() != self._made.keys()
@@ -531,39 +532,33 @@ class SideMemory(Routed):
 
     def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
         shards = list(self.changes)
-        named = self._named.among(self._low, asked)
-        if len(shards) < len(named):  # merged into one
-            named = named.any(0, keepdim=True)
-        if len(shards) <= CANDIDATES:
-            gaps = torch.stack([self._ratio(shard, inputs, asked) for shard in shards])
-        else:
-            near = self._near(inputs, asked, named)
-            gaps = torch.full((len(shards), len(inputs)), -1.0, device=inputs.device)
-            for place in near.unique().tolist():
-                rows = (near == place).any(1)
-                gaps[place, rows] = self._ratio(shards[place], inputs[rows], asked[rows])
-        best, place = torch.where(named, gaps, -1.0).max(0)
+        near = self._named.among(self._low, asked)
+        if len(shards) < len(near):  # merged into one
+            near = near.any(0, keepdim=True)
+        if int(near.sum(0).max()) > CANDIDATES:
+            near = self._nearest(inputs, asked, near)
+        gaps = torch.full((len(shards), len(inputs)), -1.0, device=inputs.device)
+        for n in near.any(1).nonzero().flatten().tolist():
+            gaps[n, near[n]] = self._ratio(shards[n], inputs[near[n]], asked[near[n]])
+        best, place = gaps.max(0)
         return torch.where(best >= 1, torch.tensor(shards, device=inputs.device)[place], -1)
 
     def _ratio(self, shard: int, inputs: Tensor, asked: Tensor) -> Tensor:
         return activation_gap(self.changes[shard], inputs, asked) / self.thresholds[shard]
 
-    def _near(self, inputs: Tensor, asked: Tensor, named: Tensor) -> Tensor:
-        """Places ``[B, CANDIDATES]`` of the memories whose gaps seem largest, by the lengths of random projections.
-
-        Before all others come those that ``named`` ``[memories, B]`` bool has.
-        """
+    def _nearest(self, inputs: Tensor, asked: Tensor, named: Tensor) -> Tensor:
+        """``[memories, B]`` bool: the :data:`CANDIDATES` of ``named`` whose gaps seem largest, by random projections."""
         if self._sketches is None:  # made when they are first wanted: while edits are laid on, nobody asks
             width = self.site.weight.shape[0]
             drawn = torch.randn(SKETCH, width, generator=torch.Generator().manual_seed(0)) / SKETCH**0.5
             self._sketches = torch.stack([drawn.to(c) @ c for c in self.changes.values()])
         least = torch.tensor(list(self.thresholds.values()), device=inputs.device)
-        found = []
-        for row, own, some in zip(inputs, asked, named.T, strict=True):
+        found = torch.zeros_like(named)
+        for i, (row, own) in enumerate(zip(inputs, asked, strict=True)):
             projected = row[own].to(self._sketches.dtype) @ self._sketches.flatten(0, 1).T
             length = projected.view(len(projected), len(least), SKETCH).norm(dim=2).mean(0)
-            found.append(torch.where(some, length / least, -1.0).topk(CANDIDATES).indices)
-        return torch.stack(found)
+            found[torch.where(named[:, i], length / least, -1.0).topk(CANDIDATES).indices, i] = True
+        return found & named
 
     def change(self, inputs: Tensor, which: int, asked: Tensor) -> Tensor:
         memory = self.changes[which]

@@ -66,6 +66,8 @@ def test_edits_do_not_change_what_is_alike() -> None:
         ("Zebras have", "Zebras"),
         ("the password of house number 3 is", None),
         ("What is it?", None),
+        ("In January 2020 the head of Acme was", "Acme"),
+        ("Who am I?", None),
     ],
 )
 def test_a_subject_is_guessed_by_its_capitals(prompt: str, subject: str | None) -> None:
