@@ -34,7 +34,6 @@ class GDumb(Rehearsal):
     result is that of the last epoch; the authors' code reports the best epoch by test accuracy.
     """
 
-    needs_boundaries: ClassVar[bool] = True
     learns_when_asked: ClassVar[bool] = True
 
     # Settled here, no longer knobs.
