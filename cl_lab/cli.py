@@ -471,6 +471,9 @@ def edit_apply(
     prompt: Annotated[str | None, typer.Option(help="What is asked.")] = None,
     answer: Annotated[str | None, typer.Option(help="What is to be answered.")] = None,
     subject: Annotated[str | None, typer.Option(help="Whom the fact is about, as the prompt has it.")] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="What else the subject is called; may be given again.")
+    ] = None,
     paraphrase: Annotated[list[str] | None, typer.Option(help="The prompt in other words.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Preview only.")] = False,
     force: Annotated[
@@ -491,7 +494,7 @@ def edit_apply(
     else:
         edits = [
             Edit.from_json(
-                {"prompt": prompt, "answer": answer, "paraphrases": paraphrase or []}
+                {"prompt": prompt, "answer": answer, "aliases": alias or [], "paraphrases": paraphrase or []}
                 | ({"subject": subject} if subject else {})
             )
         ]

@@ -598,7 +598,7 @@ def others(model: EditableModel, edit: Edit, number: int = 6) -> list[str]:
     """What an edit asks, of the subjects most like its own; nothing where its subject is not known or not in the prompt."""
     if not edit.subject or edit.subject not in edit.prompt:
         return []
-    return [edit.prompt.replace(edit.subject, name) for name in names.alike(model, edit.subject, number, names.ASKED)]
+    return [edit.prompt.replace(edit.subject, name) for name in names.alike(model, edit.subject, number)]
 
 
 def _bare(answer: str) -> str:

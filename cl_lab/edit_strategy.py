@@ -207,7 +207,8 @@ class _Patched:
         place = torch.arange(x.shape[1]) - (prompt - rows.prompt)[:, None]  # in its text, of each column of each row
         asked = (place >= rows.begin[:, None]) & (place < rows.until[:, None])
         columns = backbone.columns(x.cpu())
-        with self.editable.prompts(asked[:, columns], (x >= 0)[:, columns.to(x.device)]):
+        read = x[:, columns.to(x.device)]
+        with self.editable.prompts(asked[:, columns], read >= 0, read):
             logits: Tensor = self._head(backbone(x), batch.t)
         return logits
 

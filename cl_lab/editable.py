@@ -122,6 +122,7 @@ class EditableModel:
         self._sites: dict[str, Site] = {}
         self._asked: Tensor | None = None
         self._read: Tensor | None = None
+        self._ids: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -278,7 +279,7 @@ class EditableModel:
         found = []
         for first in range(0, len(rows), batch_size):
             some = rows.take(slice(first, first + batch_size))
-            with self.prompts(some.asked, some.read):
+            with self.prompts(some.asked, some.read, some.ids):
                 h = self.decoder(input_ids=some.ids.to(self.device), use_cache=False).last_hidden_state
             found.append(self.project(h[some.said.to(self.device)]).cpu())
         return torch.cat(found)
@@ -299,7 +300,8 @@ class EditableModel:
         found: dict[str, list[Tensor]] = {site.path: [] for site in sites}
         for first in range(0, len(rows), batch_size):
             some = rows.take(slice(first, first + batch_size))
-            with _listening(sites, stop=True) as heard, self.prompts(some.asked, some.read), suppress(_AllHeard):
+            telling = self.prompts(some.asked, some.read, some.ids)
+            with _listening(sites, stop=True) as heard, telling, suppress(_AllHeard):
                 self.decoder(input_ids=some.ids.to(self.device), use_cache=False)
             for site in sites:
                 kept = heard[site.path].float().cpu()
@@ -324,7 +326,7 @@ class EditableModel:
             ids, past = rows.ids[:, :-1], _Past(more["past_key_values"])  # nothing follows a text's last token
         width = ids.shape[1]
         asked, read = rows.asked[:, :width], rows.read[:, :width]
-        with ExitStack() as hooks, _listening([site]) as inputs, self.prompts(asked, read):
+        with ExitStack() as hooks, _listening([site]) as inputs, self.prompts(asked, read, ids):
             for module in some:
                 hooks.enter_context(
                     module.register_forward_pre_hook(
@@ -350,7 +352,7 @@ class EditableModel:
         before = torch.arange(most)[None] - (most - head)[:, None]
         there, before = before >= 0, before.clamp(min=0)
         read = torch.where(there, rows.ids.gather(1, before), 0)
-        with self.prompts(there & rows.asked.gather(1, before), there):
+        with self.prompts(there & rows.asked.gather(1, before), there, read):
             self.decoder(
                 input_ids=read.to(self.device),
                 attention_mask=there.long().to(self.device),
@@ -369,14 +371,14 @@ class EditableModel:
         return some, {k: v.to(self.device) for k, v in more.items()} | {"past_key_values": cache, "use_cache": True}
 
     @contextmanager
-    def prompts(self, asked: Tensor, read: Tensor) -> Iterator[None]:
-        """Say which places ``[B, T]`` bool of the batch to come are prompts and which have a token, for what routes."""
-        before = self._asked, self._read
-        self._asked, self._read = asked.to(self.device), read.to(self.device)
+    def prompts(self, asked: Tensor, read: Tensor, ids: Tensor) -> Iterator[None]:
+        """Say, for what routes, which places ``[B, T]`` of the batch to come are prompts, which have a token, and what."""
+        before = self._asked, self._read, self._ids
+        self._asked, self._read, self._ids = asked.to(self.device), read.to(self.device), ids
         try:
             yield
         finally:
-            self._asked, self._read = before
+            self._asked, self._read, self._ids = before
 
     @property
     def asked(self) -> Tensor | None:
@@ -387,6 +389,11 @@ class EditableModel:
     def there(self) -> Tensor | None:
         """Which places of the batch in progress have a token, where it was said."""
         return self._read
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The tokens ``[B, T]`` of the batch in progress, where it was said; at places without one any number."""
+        return self._ids
 
     @contextmanager
     def unrouted(self) -> Iterator[None]:
@@ -564,7 +571,7 @@ class Batch:
             ids[i, first:], mask[i, first:] = torch.tensor(p.ids), 1
             asked[i, first + p.begin : first + p.until] = 1
         cache = new_cache()
-        with self.model.prompts(asked.bool(), mask.bool()), _held(self.model, None):
+        with self.model.prompts(asked.bool(), mask.bool(), ids), _held(self.model, None):
             logits = _pass(self.model, ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
             chosen = {  # none where they are paused (EditableModel.unrouted)
                 name: hook.route.tolist() for name, hook in self.model.side.items() if hook.route is not None
@@ -586,7 +593,7 @@ class Batch:
         place = torch.arange(self._width + 1)[None]
         mask, where = (place >= self._start[:, None]).long(), (self._width - self._start)[:, None]
         said = torch.ones(len(self), 1, dtype=torch.bool)
-        with self._answering() as model, model.prompts(~said, said):
+        with self._answering() as model, model.prompts(~said, said, tokens[:, None]):
             return _pass(model, tokens[:, None], mask, where, self._cache)
 
     def keep(self, rows: Sequence[int]) -> None:

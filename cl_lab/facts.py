@@ -47,6 +47,8 @@ class Edit:
         What was true before, or what the model believed.
     ``subject``, ``relation``
         Whom the fact is about, and what it says of them (a name or Wikidata's number).
+    ``aliases``
+        What else the subject is called.
     ``paraphrases``
         The prompt in other words; the new answer holds.
     ``reverse``
@@ -66,6 +68,7 @@ class Edit:
     old: str | None = None
     subject: str | None = None
     relation: str | None = None
+    aliases: tuple[str, ...] = ()
     paraphrases: tuple[str, ...] = ()
     reverse: tuple[Probe, ...] = ()
     one_hop: tuple[Probe, ...] = ()
@@ -201,7 +204,7 @@ def _told(prompt: str | None, answer: str | None) -> tuple[Probe, ...]:
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(Edit))
 _OPTIONAL = ("old", "subject", "relation")
-_TEXTS = ("paraphrases", "irrelevant")
+_TEXTS = ("aliases", "paraphrases", "irrelevant")
 _PROBES = ("reverse", "one_hop", "unrelated", "same_relation", "same_subject")
 _BETWEEN = " | "
 

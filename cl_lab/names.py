@@ -1,7 +1,7 @@
 """Names of things of many kinds, and those among them that a model takes for the most like a subject.
 
-What an edit of "The capital of Nigeria is" moves by mistake is the capital of Ghana sooner than anything else. Editors
-set a threshold by some such names, and what is asked before an edit is made asks for others.
+What an edit of "The capital of Nigeria is" moves by mistake is the capital of Ghana sooner than anything else, so that is
+what is asked before an edit is made.
 """
 
 from __future__ import annotations
@@ -46,25 +46,29 @@ World War II|the French Revolution|the Cold War|the Olympic Games|the Middle Age
 USS Enterprise|HMS Victory|the Titanic|Boeing 747|Apollo 11|Ford Mustang
 house number 7|room 12|version 2.0|chapter 5
 """
-_NAMES = tuple(name for line in _KINDS.split("\n") for name in line.split("|") if name)
-
-JUDGED = tuple(name for i, name in enumerate(_NAMES) if i % 3 != 2)
-"""The names that editors may set a threshold by."""
-ASKED = _NAMES[2::3]
-"""The names that are asked for afterwards."""
+NAMES = tuple(name for line in _KINDS.split("\n") for name in line.split("|") if name)
 
 _CARRIER = "A word about"
 
-_OPENERS = (
-    " a an the what who whom whose which where when why how is are was were do does did has have had in on at of for "
+
+def _each(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_OPENERS = _each(
+    "a an the what who whom whose which where when why how is are was were do does did has have had in on at of for "
     "from to by with as and or but if it its this that these those there here please tell name question my our your his her "
-    "their "
+    "their"
 )
-_NEVER = (
-    " i january february march april may june july august september october november december "
-    "monday tuesday wednesday thursday friday saturday sunday "
+_NEVER = _each(
+    "i january february march april may june july august september october november december "
+    "monday tuesday wednesday thursday friday saturday sunday"
 )
-_JOINING = " of the and de la le du von van der den di da del al el & in on for to a an "
+_JOINING = _each("of the and de la le du von van der den di da del al el & in on for to a an")
+
+_WORD = re.compile(r"\w[\w’'.-]*\w|\w|&")
+_OWNER = re.compile(r"['’]s$")
+_RUN = re.compile("C(?:j*[CN])*(?:j*P)?|P")  # of the signs of :func:`_sign`
 
 
 def guessed(prompt: str) -> str | None:
@@ -75,25 +79,27 @@ def guessed(prompt: str) -> str | None:
     """
     if quoted := re.findall(r"[“\"«]([^”\"»]{2,80})[”\"»]", prompt):
         return str(max(quoted, key=len))
-    words = [(m.start(), m.end(), m[0]) for m in re.finditer(r"\w[\w’'.-]*\w|\w|&", prompt)]
-    best: tuple[int, int] = (0, 0)
-    begin: int | None = None
-    end = 0
-    for n, (first, last, word) in enumerate([*words, (len(prompt), len(prompt), "")]):
-        bare = re.sub(r"['’]s$", "", word)
-        plain = f" {bare.casefold()} "
-        named = bare[:1].isupper() or (begin is not None and bare[:1].isdigit())
-        if named and plain not in _NEVER and not (n == 0 and plain in _OPENERS):
-            begin, end = (first if begin is None else begin), last - len(word) + len(bare)
-        elif begin is not None and (plain not in _JOINING or not word):
-            best, begin = max(best, (begin, end), key=lambda run: run[1] - run[0]), None
-        if begin is not None and bare != word:
-            best, begin = max(best, (begin, end), key=lambda run: run[1] - run[0]), None
-    return prompt[slice(*best)] or None
+    words = list(_WORD.finditer(prompt))
+    signs = "".join(_sign(word[0], first=n == 0) for n, word in enumerate(words))
+    runs = [prompt[words[run.start()].start() : words[run.end() - 1].end()] for run in _RUN.finditer(signs)]
+    return max((_OWNER.sub("", run) for run in runs), key=len, default=None)
+
+
+def _sign(word: str, *, first: bool) -> str:
+    """What a word is to a run: Capitalised, Possessive (which ends it), a Number, joining, or x, which breaks it off."""
+    bare = _OWNER.sub("", word)
+    plain = bare.casefold()
+    if plain in _NEVER or (first and plain in _OPENERS):
+        return "x"
+    if bare[:1].isupper():
+        return "C" if bare == word else "P"
+    if bare[:1].isdigit():
+        return "N"
+    return "j" if plain in _JOINING else "x"
 
 
 @torch.no_grad()
-def alike(model: EditableModel, subject: str, number: int, names: Sequence[str]) -> list[str]:
+def alike(model: EditableModel, subject: str, number: int, names: Sequence[str] = NAMES) -> list[str]:
     """The ``number`` of ``names`` most like ``subject``, the nearest first: by what they are to the model's lower layers.
 
     Compared are the mean directions of a name's tokens a quarter up, less that of all names, by their cosine. The subject

@@ -4,7 +4,7 @@ A patch is values, not instructions. Those on weights add up, oldest first, on t
 take one away is to add the others up again, so what is left is bit for bit what it would have been without it, as the patch
 itself was computed. Patches that answer only for some prompts (side memories, codebooks) hang on a layer as a hook and are
 asked for each row of a batch. A saved patch is ``patch.json`` and ``patch.safetensors``; prompts are in it only if it needs
-them to work (:class:`PromptPatch`) or the caller asked.
+them to work (:class:`PromptPatch`; of a side memory the subjects) or the caller asked.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from cl_lab.errors import ConfigError, DataError, nearest
 from cl_lab.files import write_atomically
 from cl_lab.hub import activation
-from cl_lab.subjects import NamedSubjects, SubjectKeys
+from cl_lab.subjects import NamedSubjects
 
 if TYPE_CHECKING:
     from cl_lab.editable import EditableModel, Site
@@ -286,6 +287,7 @@ class Routed:
         self._route: Tensor | None = None
         self._holding = self._paused = False
         self._begins = True  # the pass in progress has nothing in its cache
+        self._ids: Tensor | None = None  # its tokens
         self._handles = [
             model.decoder.register_forward_pre_hook(self._look, with_kwargs=True),
             site.module.register_forward_hook(self._add),
@@ -305,6 +307,7 @@ class Routed:
     def _look(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         self._begins = cache is None or cache.get_seq_length() == 0
+        self._ids = kwargs.get("input_ids", args[0] if args else None)
 
     def pause(self, on: bool) -> bool:
         """Add nothing until this is said again; returns what was said before."""
@@ -332,6 +335,20 @@ class Routed:
             if not fresh:
                 return None
         return asked if asked is not None and asked.shape == inputs.shape[:2] else _all(inputs)
+
+    def asked_texts(self, asked: Tensor) -> list[str]:
+        """What the prompts of the pass say, whose tokens ``asked`` ``[B, T]`` are; nothing where it was given embeddings.
+
+        A text's first token belongs to it, too, though no gap or key is of use there.
+        """
+        ids = self._ids if self.model.ids is None else self.model.ids
+        if ids is None or ids.shape != asked.shape:
+            return [""] * len(asked)
+        whole = asked.to(ids.device, copy=True)
+        whole[:, :-1] |= whole[:, 1:].clone()
+        if self.model.there is not None:
+            whole &= self.model.there.to(ids.device)
+        return [self.model.tokenizer.decode(row[own].tolist()) for row, own in zip(ids, whole, strict=True)]
 
     def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
         """The choice ``[B]`` int64, from ``inputs`` ``[B, T, in]`` and which of them are prompt ``[B, T]`` bool."""
@@ -403,7 +420,7 @@ class SidePatch(Patch):
     A shard's memory is ``W + Σ values`` over its patches. ``gap`` is the least activation gap ``D`` of the shard's edits
     when the patch was made, and ``floor`` the gap that all but a few unrelated prompts stay below: see :func:`threshold`.
     Values are bf16, and were rounded so before they were judged. The memory acts from the prompt's last own token on, or on
-    the ``whole`` text. With ``subjects``, read at ``subject_path``, it answers for prompts alone that name one of them.
+    the ``whole`` text. With ``subjects`` it answers for prompts alone that name one of them (:mod:`cl_lab.subjects`).
     """
 
     kind: ClassVar[str] = "side-memory"
@@ -416,15 +433,12 @@ class SidePatch(Patch):
     floor: float = 0.0
     merge: bool = False
     whole: bool = False
-    subject_path: str = ""
-    subjects: SubjectKeys | None = None
+    subjects: tuple[str, ...] = ()
 
     def fires(self, model: EditableModel) -> str:
-        return "prompts like its own" + (" that name its subject" if self.subjects else "")
+        return "prompts like its own" + (f" that name {' or '.join(self.subjects)}" if self.subjects else "")
 
     def check(self, model: EditableModel) -> None:
-        if self.subjects:
-            model.submodule(self.subject_path)
         out, into = _shape_at(model, self.path)
         mask = unpacked(self.places, out * into)
         if int(mask.sum()) != len(self.values):
@@ -443,16 +457,16 @@ class SidePatch(Patch):
         return SideMemory(model, model.site(self.path))
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"places": self.places, "values": self.values} | (self.subjects.tensors() if self.subjects else {})
+        return {"places": self.places, "values": self.values}
 
     def settings(self) -> dict[str, Any]:
-        names = ("path", "shard", "gap", "floor", "merge", "whole", "subject_path")
-        return {name: getattr(self, name) for name in names}
+        names = ("path", "shard", "gap", "floor", "merge", "whole")
+        return {name: getattr(self, name) for name in names} | {"subjects": list(self.subjects)}
 
     @classmethod
     def made(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Patch:
-        subjects = SubjectKeys.read(tensors)
-        return cls(places=tensors["places"], values=tensors["values"], subjects=subjects, **settings)
+        subjects = tuple(settings.get("subjects", ()))
+        return cls(places=tensors["places"], values=tensors["values"], **{**settings, "subjects": subjects})
 
 
 class SideMemory(Routed):
@@ -471,19 +485,19 @@ class SideMemory(Routed):
         self.whole = False
         self._sketches: Tensor | None = None
         self._made: dict[int, tuple[list[SidePatch], Tensor]] = {}
-        self._named = NamedSubjects([])
+        self._named: NamedSubjects | None = None
 
     def set(self, patches: Sequence[SidePatch]) -> None:
         """Take over what ``patches``, oldest first, amount to."""
         self._route = None
-        self.whole = patches[-1].whole
+        self.whole, self._newest = patches[-1].whole, patches[-1].shard
         of: dict[int, list[SidePatch]] = {}
         for patch in patches:
             of.setdefault(patch.shard, []).append(patch)
         known = self._made
         self._made = {
             shard: known[shard] if shard in known and known[shard][0] == own else (own, self.whole_change(own))
-            for shard, own in sorted(of.items())
+            for shard, own in of.items()
         }
         self.changes = {shard: change for shard, (_, change) in self._made.items()}
         self.thresholds = {shard: self.threshold(own) for shard, (own, _) in self._made.items()}
@@ -491,32 +505,7 @@ class SideMemory(Routed):
             self.changes = {0: ties(list(self.changes.values()))}
             self.thresholds = {0: min(self.thresholds.values())}
         self._sketches = None
-        self._named = NamedSubjects([[(p.subject_path, p.subjects) for p in of[shard]] for shard in sorted(of)])
-        self._listen()
-
-    def _hang(self, model: EditableModel, site: Site) -> None:
-        super()._hang(model, site)
-        self._low: dict[str, Tensor] = {}  # what the pass in progress brought to where subjects are looked for
-        self._listening: list[Any] = []
-        if hasattr(self, "_named"):  # a twin's
-            self._listen()
-
-    def remove(self) -> None:
-        super().remove()
-        for handle in self._listening:
-            handle.remove()
-
-    def _listen(self) -> None:
-        for handle in self._listening:
-            handle.remove()
-        self._low.clear()
-        self._heard_at = {self.model.submodule(path): path for path in self._named.paths}
-        self._listening = [
-            module.register_forward_pre_hook(self._listens, with_kwargs=True) for module in self._heard_at
-        ]
-
-    def _listens(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        self._low[self._heard_at[module]] = (args[0] if args else kwargs["hidden_states"]).detach()
+        self._named = None  # made when it is first wanted: while edits are laid on, nobody asks
 
     def answering(self, which: int) -> Sequence[Patch]:
         merged = self.changes.keys() != self._made.keys()
@@ -532,9 +521,7 @@ class SideMemory(Routed):
 
     def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
         shards = list(self.changes)
-        near = self._named.among(self._low, asked)
-        if len(shards) < len(near):  # merged into one
-            near = near.any(0, keepdim=True)
+        near = self._may_answer(asked).to(inputs.device)
         if int(near.sum(0).max()) > CANDIDATES:
             near = self._nearest(inputs, asked, near)
         gaps = torch.full((len(shards), len(inputs)), -1.0, device=inputs.device)
@@ -542,6 +529,16 @@ class SideMemory(Routed):
             gaps[n, near[n]] = self._ratio(shards[n], inputs[near[n]], asked[near[n]])
         best, place = gaps.max(0)
         return torch.where(best >= 1, torch.tensor(shards, device=inputs.device)[place], -1)
+
+    def _may_answer(self, asked: Tensor) -> Tensor:
+        """``[memories, B]`` bool: those that are open to all prompts, and those whose subject a prompt names."""
+        if self._named is None:
+            several = [[p.subjects for p in own] for own, _ in self._made.values()]
+            self._named = NamedSubjects([list(chain(*some)) if all(some) else None for some in several])
+        if self._named.all_open:
+            return torch.ones(len(self.changes), len(asked), dtype=torch.bool)
+        near = self._named.among(self.asked_texts(asked))
+        return near if len(self.changes) == len(near) else near.any(0, keepdim=True)  # these are merged into one
 
     def _ratio(self, shard: int, inputs: Tensor, asked: Tensor) -> Tensor:
         return activation_gap(self.changes[shard], inputs, asked) / self.thresholds[shard]
@@ -631,7 +628,8 @@ class ReleasedMemory(SideMemory):
         return read if read is not None and read.shape == inputs.shape[:2] else _all(inputs)
 
     def choose(self, inputs: Tensor, asked: Tensor) -> Tensor:
-        newest, *older = sorted(self.changes, key=lambda shard: (shard != max(self.changes), shard))
+        newest = self._newest
+        older = [shard for shard in self.changes if shard != newest]
         best = self.gap(newest, inputs, asked)
         found = torch.where(best >= self.thresholds[newest], newest, -1)
         for shard in older:

@@ -246,6 +246,7 @@ class Fact(_Strict):
     old: Text | None = None
     subject: Text | None = None
     relation: Text | None = None
+    aliases: list[Text] | None = None
     paraphrases: list[Text] | None = None
     unrelated: list[Probe] | None = None
     same_relation: list[Probe] | None = None

@@ -16,10 +16,9 @@ from cl_lab.facts import Edit
 from cl_lab.knobs import knob
 from cl_lab.patches import Patch, SidePatch, packed, shard_change, unpacked
 from cl_lab.protocols import Editor
-from cl_lab.subjects import SubjectKeys
+from cl_lab.subjects import words
 
 from ._edit_texts import CONTEXTS, descend, edit_site, forms, neighbours, row_loss, unrelated_prompts
-from ._subjects import subject_keys, subject_site
 
 Asked = tuple[str, bool]
 """A prompt, and whether it is asked as a chat's turn."""
@@ -48,10 +47,9 @@ class Wise(Editor):
     edits, but not below what all but a ``false_positives`` share of unrelated prompts reach that were not trained on.
 
     ``D`` is a mean over the prompt's tokens, of which all but the subject's are the same in the same question about another:
-    alone it answers "The capital of Japan is" with Australia's. So where an edit says its subject, a prompt must name it:
-    low in the model, where a name is itself already, its tokens must come nearer to the subject's than the most similar of
-    other names do (``subjects``; :class:`~cl_lab.subjects.SubjectKeys`). Names that differ by a number or a word of several
-    are not told apart.
+    alone it answers "The capital of Japan is" with Australia's. So where an edit says its subject, a prompt must name it, or
+    one of its aliases: by its words, in any case (``subjects``; :mod:`cl_lab.subjects`). Who writes another name, or "it",
+    is answered by the model itself.
     """
 
     removable: ClassVar[bool] = False
@@ -87,13 +85,7 @@ class Wise(Editor):
         "the edit's prompt with so many other subjects, and so many prompts of other shards, held away likewise",
         ge=0,
     )
-    subjects: float | None = knob(
-        0.35,
-        "a prompt must name the edit's subject: be nearer to it, by such a share of the way, than the most similar of other "
-        "names; null: it need not",
-        ge=0,
-        le=1,
-    )
+    subjects: bool = knob(True, "a prompt must name the edit's subject, or one of its aliases, where the edit says it")
     sampled: int = knob(32, "of the unrelated prompts, those that a step looks at; it looks at all neighbours", ge=1)
     precision: Literal["fp32", "bf16"] = knob(
         "fp32", "of the layers above, in training; bf16 is faster where the CPU has AMX"
@@ -109,7 +101,7 @@ class Wise(Editor):
         site = edit_site(model, self.layer, self.module, 0.76)
         check_plain_residual(model, site)
         there = [p for p in model.patches if type(p) is SidePatch and p.path == site.path]
-        shard, count = place_in_shards(there, self.edits_per_shard)
+        shard = place_in_shards(there, edits, self.edits_per_shard, self.seed)
         own = [p for p in there if p.shard == shard]
         before = shard_change(own, site)
         mask = (
@@ -118,7 +110,7 @@ class Wise(Editor):
         free = mask.nonzero().squeeze(1).to(before.device)
 
         chat = self.chat and model.tokenizer.can_chat
-        held, others = earlier[len(earlier) - count :] if count else (), earlier[: len(earlier) - count]
+        held, others = apart(earlier, there, shard)
         with model.unrouted():  # what reaches the layer is the model's own, and so is what it gives to go on from
             at = _rows_above(model, site, edits, self.contexts, chat)
             old = self._rehearsed(model, site, held, shard, chat)
@@ -128,7 +120,6 @@ class Wise(Editor):
             beside += nearest(model, site, [e.prompt for e in edits], [e.prompt for e in others], self.neighbours)
             near = heard_prompts(model, site, both_ways(dict.fromkeys(beside), chat), keep=False) if beside else None
             behind = [f"{context} {e.prompt}" for e in edits for context in CONTEXTS[: self.contexts]]
-            keys = self._subjects(model, edits, chat)
             mine = both_ways([e.prompt for e in [*edits, *held]], chat) + [(text, False) for text in behind]
             asked = heard_prompts(model, site, mine)
         trained, notes = self._train(at, old, before, free, away, near, asked, unit, edits)
@@ -146,22 +137,14 @@ class Wise(Editor):
             gap=gap,
             floor=floor,
             merge=self.mode == "merge",
-            subject_path=subject_site(model).path if keys else "",
-            subjects=keys,
+            subjects=self._names(edits),
         )
 
-    def _subjects(self, model: EditableModel, edits: Sequence[Edit], chat: bool) -> SubjectKeys | None:
-        """What tells the edits' subjects from others; None where they are not asked for, or not known."""
-        if self.subjects is None or not all(e.subject and e.subject in e.prompt for e in edits):
-            return None
-        site = subject_site(model)
-        away = heard_prompts(model, site, in_turn(self._unrelated()[0], False)).tokens
-
-        def hear(at: Site, prompts: Sequence[str]) -> list[Tensor]:
-            return heard_prompts(model, at, in_turn(prompts, False), keep=False).each()
-
-        own = [heard_prompts(model, site, both_ways([e.prompt], chat), keep=False).each() for e in edits]
-        return subject_keys(model, edits, own, away, hear, self.subjects)
+    def _names(self, edits: Sequence[Edit]) -> tuple[str, ...]:
+        """What prompts must name one of; nothing where it is not asked for, or not known of every edit."""
+        if not self.subjects or not all(e.subject and words(e.subject) in words(e.prompt) for e in edits):
+            return ()
+        return tuple(dict.fromkeys(name for e in edits for name in (e.subject, *e.aliases) if name))
 
     def _rehearsed(self, model: EditableModel, site: Site, held: Sequence[Edit], shard: int, chat: bool) -> list[Above]:
         """The shard's earlier edits, ``replay`` at a time; those that are complete are read once for a shard's life."""
@@ -225,11 +208,29 @@ class Wise(Editor):
         return values.detach(), notes
 
 
-def place_in_shards(there: Sequence[SidePatch], size: int) -> tuple[int, int]:
-    """The shard that the next edits go to, and how many edits it has; ``size`` edits fill one."""
-    shard = max((p.shard for p in there), default=0)
-    count = sum(int(p.notes.get("edits", 1)) for p in there if p.shard == shard)
-    return (shard, count) if count < size else (shard + 1, 0)
+def place_in_shards(there: Sequence[SidePatch], edits: Sequence[Edit], size: int, seed: int) -> int:
+    """The shard that ``edits`` go to: the newest patch's, or a new one where ``size`` edits are in that already.
+
+    A new shard's number is drawn by what goes there first. Counted on, it would be one that had been given before whenever
+    the newest edit was undone, and brought back that edit would lie in one memory with another.
+    """
+    if there:
+        shard = there[-1].shard
+        if sum(_edits_of(p) for p in there if p.shard == shard) < size:
+            return shard
+    return seeding.derive(seed, "wise", "shard", len(there), edits[0].prompt, edits[0].answer)
+
+
+def apart(earlier: Sequence[Edit], there: Sequence[SidePatch], shard: int) -> tuple[list[Edit], list[Edit]]:
+    """The ``earlier`` edits, the last of which made the patches ``there``, in order: those of a shard, and the others."""
+    mine = [p.shard == shard for p in there for _ in range(_edits_of(p))]
+    mine = [False] * (len(earlier) - len(mine)) + mine
+    own = [e for e, is_mine in zip(earlier, mine, strict=True) if is_mine]
+    return own, [e for e, is_mine in zip(earlier, mine, strict=True) if not is_mine]
+
+
+def _edits_of(patch: SidePatch) -> int:
+    return int(patch.notes.get("edits", 1))
 
 
 def shard_mask(size: int, rho: float, shard: int, seed: int) -> Tensor:
@@ -258,10 +259,6 @@ class Heard:
         place[prompts] = torch.arange(len(prompts), device=self.of.device)
         found = place[self.of]
         return Heard(self.tokens[found >= 0], found[found >= 0], len(prompts))
-
-    def each(self) -> list[Tensor]:
-        """The tokens of each prompt, ``[T_i, in]``."""
-        return list(self.tokens.split(torch.bincount(self.of, minlength=self.count).tolist()))
 
     def directions(self) -> Tensor:
         """``[count, in]`` of length 1: the mean of each prompt's tokens, less the mean of all tokens."""

@@ -79,7 +79,7 @@ class WiseReleased(Editor):
         site = edit_site(model, self.layer, self.module, 27 / 31)
         check_plain_residual(model, site)
         there = [p for p in model.patches if isinstance(p, ReleasedSidePatch) and p.path == site.path]
-        shard, _ = place_in_shards(there, self.edits_per_shard)
+        shard = place_in_shards(there, edits, self.edits_per_shard, self.seed)
         own = [p for p in there if p.shard == shard]
         before = released_change(own, site)
         size = before.numel()

@@ -117,6 +117,18 @@ def test_rows_are_answered_as_questions_are(name: str, facts: Path) -> None:
     answers_as(reference(strategy), stream, said(strategy, learner, questions(stream)))
 
 
+def test_a_memory_is_asked_what_its_subject_is_named_in(facts: Path) -> None:
+    """Rows run through the layers one by one, past the decoder's own hooks: what they say is told beforehand."""
+    stream = stream_of(facts)
+    learner = learner_of(stream)
+    strategy = learnt(strategy_of("wise"), learner)
+    said(strategy, learner, questions(stream))
+    hooks: list[Routed] = list(strategy._model(learner).editable.side.values())
+    assert [[hook.answering(which) for which in hook.route.tolist()] for hook in hooks if hook.route is not None] == [
+        [[patch] for patch in strategy._patches]
+    ]
+
+
 @every
 def test_an_answer_that_stands_there_decides_nothing(name: str, facts: Path) -> None:
     if not registry.load("editors", name)[0].routes_once:

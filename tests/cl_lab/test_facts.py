@@ -58,6 +58,7 @@ FULL = Edit(
     same_relation=(Probe("The capital of Italy is", "Rome"),),
     same_subject=(Probe("France's currency is the", "euro"),),
     irrelevant=("It rained for a week.",),
+    aliases=("Old England",),
     source="facts.jsonl:17",
 )
 
