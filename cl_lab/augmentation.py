@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cl_lab.errors import ConfigError
-from cl_lab.records import Batch, TensorData
+from cl_lab.records import Batch, Stream, TensorData
 from cl_lab.seeding import derive, generator
 
 PADDING = 4
@@ -34,6 +34,25 @@ def crop_flip(x: Tensor, seed: int, experience: int, step: int) -> Tensor:
     padded = F.pad(x, (PADDING,) * 4)
     index = torch.arange(b).view(-1, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1)
     return padded[(*index, rows.view(b, 1, height, 1), columns.view(b, 1, 1, width))]
+
+
+def check(name: str, stream: Stream, *, latents: str | None = None) -> None:
+    """Raise :class:`ConfigError` where ``training.augmentation = name`` means nothing for the samples of ``stream``.
+
+    ``latents`` is the stage of the model behind which samples are kept, where that is what the stream holds.
+    """
+    if name == "none":
+        return
+    if latents is not None:
+        raise ConfigError(
+            f"training.augmentation = '{name}': model.frozen = '{latents}' keeps what its layers made of each sample once "
+            "and for all, which is no picture any more; set augmentation=none, or leave model.frozen out"
+        )
+    if name == "crop-flip" and (len(stream.input_shape) != 3 or stream.layout):
+        raise ConfigError(
+            f"training.augmentation = 'crop-flip': crops pictures [channels, height, width], but a sample of stream "
+            f"'{stream.name}' is {list(stream.input_shape)}; set augmentation=none"
+        )
 
 
 def load_function(name: str) -> Callable[[Tensor], Tensor]:

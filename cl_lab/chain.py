@@ -91,6 +91,11 @@ class Chain:
         return any(link.reference for link in self.links)
 
     @property
+    def gathers(self) -> bool:
+        """Whether a link brings samples of several experiences together to train on."""
+        return any(link.gathers for link in self.links)
+
+    @property
     def learns_when_asked(self) -> bool:
         """Whether all links learn from what they keep alone, however often."""
         return all(link.learns_when_asked for link in self.links)

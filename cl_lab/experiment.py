@@ -245,7 +245,7 @@ class _Run:
         """The trainer of this run, before its first step; what is known of the stream enters the document."""
         import torch
 
-        from cl_lab import seeding
+        from cl_lab import augmentation, seeding
         from cl_lab.chain import Chain
         from cl_lab.latents import put_through
         from cl_lab.learner import EngineLearner
@@ -268,6 +268,9 @@ class _Run:
         seeding.seed_everything(seeding.derive(c.seed, "model"))
         spec = registry.create("models", {"name": c.model.name, **c.model.knobs}, "model")
         model, raw = spec.build(stream), stream
+        latents = model.frozen if isinstance(model, Classifier) else None
+        for experience in (0, 1):
+            augmentation.check(c.training.at(experience).augmentation, stream, latents=latents)
         if isinstance(model, Classifier) and model.frozen is not None:
             device = torch.device("cuda" if torch.cuda.is_available() and c.engine.device != "cpu" else "cpu")
             stream = put_through(stream, model, model.frozen, keep=model.keep_latents, device=device)

@@ -97,8 +97,8 @@ class Learner(Protocol):
     def gradients_of(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients by name of :meth:`loss` on a global ``batch`` (the same on every rank), averaged over ranks.
 
-        Nothing is accumulated, and the gradients of the step in progress stay as they are. Running statistics do not
-        move: normalisation layers are in evaluation mode.
+        Nothing is accumulated, and the gradients of the step in progress stay as they are. The model stays in its mode, so
+        while it trains batch normalisation uses the statistics of each rank's rows; running statistics do not move.
         """
         ...
 
@@ -159,6 +159,9 @@ class Strategy:
     learns_when_asked: ClassVar[bool] = False
     """Learns anew from what it keeps whenever it is to be scored, and from nothing else: so it needs no boundaries beside
     these moments, may pass over it as often as it likes where a stream shows each sample once, and stands alone."""
+    gathers: ClassVar[bool] = False
+    """Its :meth:`training_set` brings samples of several experiences together: they are shuffled, whatever order the
+    stream has."""
     reference: ClassVar[bool] = False
     """Sees more than a continual learner may (joint, cumulative): an upper bound, marked so in reports."""
     uses_features: ClassVar[bool] = False

@@ -242,9 +242,9 @@ class Stream:
 
     ``input_shape`` is one sample's shape, without the batch axis. ``n_classes`` counts the outputs over the whole stream:
     labels are global output indices, so task-incremental streams own disjoint outputs per task. ``task_labels`` says
-    whether the model is told each sample's task at training and test; ``boundaries`` whether strategies are told where
-    one experience ends; ``online`` that each sample is seen once. ``mean`` and ``std`` (per channel, of inputs scaled to
-    [0, 1]) normalise the input; ``None`` leaves it in [0, 1].
+    whether the model is told each sample's task at training and test: ``t`` is then the index of that task's experience;
+    ``boundaries`` whether strategies are told where one experience ends; ``online`` that each sample is seen once. ``mean``
+    and ``std`` (per channel, of inputs scaled to [0, 1]) normalise the input; ``None`` leaves it in [0, 1].
 
     Where a sample is flat but made of parts (a picture and a question), ``layout`` names them with their shapes, in order.
 

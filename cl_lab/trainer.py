@@ -221,7 +221,9 @@ class Trainer:
 
     def _iterate(self, experience: Experience, data: TensorData, t: TrainingConfig) -> None:
         position, learner = self._position, self.learner
-        data, held = self._split(data, experience)
+        # Only an experience's own rows have an order of its own: others are shuffled, and brought among them are, too.
+        ordered = experience.ordered and not self.strategy.gathers
+        data, held = self._split(data, experience, ordered)
         per_epoch = math.ceil(len(data) / t.batch_size)
         total = self._steps_of(experience, len(data), t)
         log_every = math.ceil(total / _LOSS_POINTS)
@@ -229,7 +231,8 @@ class Trainer:
         learner.train_mode()
         # Of the steps since the last log point; a resumed run goes on with what had been added up.
         running, counted = torch.full((), float(position.loss_sum), device=learner.device), position.loss_steps
-        for step, batch in self._batches(data, experience, range(position.step, total), per_epoch, t):
+        plan = self._plan(len(data), experience, per_epoch, t.batch_size, ordered)
+        for step, batch in self._batches(data, experience, range(position.step, total), plan, t):
             if moving_lr:
                 learner.set_lr(learning_rate(t, step, total))
             running += self._train_step(batch, experience, step, t)
@@ -301,36 +304,42 @@ class Trainer:
 
     # --- what surrounds a step ------------------------------------------------------------------------------------
 
-    def _batches(
-        self, data: TensorData, experience: Experience, steps: range, per_epoch: int, t: TrainingConfig
-    ) -> Iterator[tuple[int, Batch]]:
-        size, augmentation = t.batch_size, t.augmentation
+    def _plan(
+        self, rows: int, experience: Experience, per_epoch: int, size: int, ordered: bool
+    ) -> Callable[[int], tuple[Tensor, int]]:
+        """What gives the rows and the epoch of a step."""
         order, held = torch.empty(0, dtype=torch.int64), -1
 
         def plan(step: int) -> tuple[Tensor, int]:
             nonlocal order, held
             epoch, place = divmod(step, per_epoch)
             if epoch != held:
-                if experience.ordered:
-                    order = torch.arange(len(data))
+                if ordered:
+                    order = torch.arange(rows)
                 else:
-                    order = seeding.permutation(len(data), self.seed, "order", experience.index, epoch)
+                    order = seeding.permutation(rows, self.seed, "order", experience.index, epoch)
                 held = epoch
             return order[place * size : (place + 1) * size], epoch
 
-        if augmentation not in ("none", "crop-flip"):
+        return plan
+
+    def _batches(
+        self,
+        data: TensorData,
+        experience: Experience,
+        steps: range,
+        plan: Callable[[int], tuple[Tensor, int]],
+        t: TrainingConfig,
+    ) -> Iterator[tuple[int, Batch]]:
+        if t.augmentation not in ("none", "crop-flip") and data.raw:  # a strategy's codes are no samples to augment
             seed = seeding.derive(self.seed, "augment", experience.index)
-            workers = t.workers
-            yield from zip(
-                steps,
-                transformed_batches(data, augmentation, plan, steps, seed=seed, workers=workers),
-                strict=True,
-            )
+            batches = transformed_batches(data, t.augmentation, plan, steps, seed=seed, workers=t.workers)
+            yield from zip(steps, batches, strict=True)
             return
         for step in steps:
             yield step, data.batch(*plan(step))
 
-    def _split(self, data: TensorData, experience: Experience) -> tuple[TensorData, TensorData | None]:
+    def _split(self, data: TensorData, experience: Experience, ordered: bool) -> tuple[TensorData, TensorData | None]:
         share = self.config.training.validation
         if share == 0:
             return data, None
@@ -340,7 +349,8 @@ class Trainer:
             raise TrainingError(
                 f"training.validation = {share}: leaves no sample to train on of the {len(data)} in {experience!r}"
             )
-        return data.take(order[n:]), data.take(order[:n])
+        learnt = order[n:].sort().values if ordered else order[n:]
+        return data.take(learnt), data.take(order[:n])
 
     def _out_of_patience(self, held: TensorData | None) -> bool:
         assert held is not None
@@ -381,7 +391,7 @@ class Trainer:
         if self.learner.world == 1:
             return name
         # Ranks must agree on the step at which they stop, or the others wait for ever.
-        if self._position.step % 10:
+        if self.record.steps % 10:
             return None
         asked = int(self.learner.reduce(torch.tensor(int(name is not None), device=self.learner.device)))
         return (name or "a signal to another rank") if asked else None

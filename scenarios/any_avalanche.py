@@ -13,7 +13,7 @@ import importlib
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,8 +39,10 @@ class AnyAvalanche(Scenario):
     ``benchmark`` is a name in ``avalanche.benchmarks.classic`` or ``package.module:function``; ``options`` are its
     arguments. The run's seed goes to its ``seed`` argument, ``data_dir`` to its ``dataset_root``, where it has them and
     ``options`` do not. Both training and test samples get the benchmark's *evaluation* transforms: they are read once,
-    and a random crop would be frozen. Where the benchmark tells task labels and uses the same labels in several tasks,
-    each task gets outputs of its own.
+    and a random crop would be frozen.
+
+    Where the benchmark has several task labels, they are told: each must be one training experience, and becomes its
+    index. Tasks that use the same labels then get outputs of their own. ``task_labels: false`` tells none.
     """
 
     argument: ClassVar[str] = "benchmark"
@@ -49,6 +51,7 @@ class AnyAvalanche(Scenario):
     benchmark: str = knob(doc="name of a classic Avalanche benchmark, or package.module:function")
     options: dict[str, Any] = knob({}, "arguments of the benchmark, such as n_experiences")
     data_dir: str | None = knob(None, "folder of the data, as the benchmark's dataset_root")
+    task_labels: bool = knob(True, "tell a sample's task, where the benchmark has several; false: no task labels")
     online: bool = knob(False, "one pass: each sample is seen once")
     boundaries: bool | None = knob(None, "tell strategies where an experience ends; null: unless online")
     resize: int | None = knob(None, "scale images that have no tensor transform to this side", ge=1)
@@ -73,7 +76,7 @@ class AnyAvalanche(Scenario):
                 f"{self.benchmark}: {len(train)} training and {len(test)} test experiences; a stream needs one test "
                 "experience, or one for each training experience"
             )
-        heads = _Heads([*train, *test])
+        heads = _Heads(self.benchmark, train, test, self.task_labels)
         trains = [functools.partial(self._read, d, heads, f"train {i}", seed) for i, d in enumerate(train)]
         tests = [
             functools.cache(functools.partial(self._read, d, heads, f"test {i}", seed)) for i, d in enumerate(test)
@@ -165,7 +168,7 @@ class AnyAvalanche(Scenario):
             )
             made = kept["x"], kept["y"], kept["t"]
         x, y, t = (torch.from_numpy(a) for a in made)
-        return TensorData(x, y + heads.offsets[t] if heads.told else y, t if heads.told else torch.zeros_like(t))
+        return TensorData(x, *heads.mapped(y, t))
 
     def _fill(
         self, dataset: Any, first: _Sample, create: Callable[[tuple[int, ...], Any], Any]
@@ -262,32 +265,66 @@ def _collate(items: Sequence[Sequence[Any]], resize: int | None) -> _Sample:
 
 
 class _Heads:
-    """Maps (task, label) to a global output.
+    """Maps (task, label) to a global output, and a task to the index of the experience that it is.
 
-    ``told`` says whether samples carry more than one task label. Labels stay as they are unless tasks share some; then
-    task ``t``'s outputs start at ``offsets[t]`` (int64 ``[tasks]``).
+    ``told`` says whether samples carry more than one task label, and ``tell`` wants them. Labels stay as they are unless
+    such tasks share some; then the outputs of a task start at an offset of its own. Raises :class:`DataError` where tasks
+    are told that are not one training experience each.
     """
 
-    def __init__(self, datasets: Sequence[Any]) -> None:
+    def __init__(self, benchmark: str, train: Sequence[Any], test: Sequence[Any], tell: bool) -> None:
+        datasets = [*train, *test]
         self._pairs = {id(d): _pairs(d) for d in datasets}
         labels: dict[int, set[int]] = {}
         for pairs in self._pairs.values():
             for task, label in pairs:
                 labels.setdefault(task, set()).add(label)
         tasks = sorted(labels)
-        self.told = len(tasks) > 1
-        self.offsets = torch.zeros(tasks[-1] + 1, dtype=torch.int64)
-        if sum(map(len, labels.values())) > len(set().union(*labels.values())) and self.told:
+        self.told = tell and len(tasks) > 1
+        self._offsets = dict.fromkeys(tasks, 0)
+        if self.told and sum(map(len, labels.values())) > len(set().union(*labels.values())):
             start = 0
             for task in tasks:
-                self.offsets[task] = start
+                self._offsets[task] = start
                 start += max(labels[task]) + 1
+        self._experiences = self._experience_of(benchmark, train, tasks) if self.told else {}
         self.n_outputs = 1 + max(o for d in datasets for o in self.outputs(d))
+
+    def _experience_of(self, benchmark: str, train: Sequence[Any], tasks: Sequence[int]) -> dict[int, int]:
+        held = [{task for task, _ in self._pairs[id(d)]} for d in train]
+        holders = {task: [i for i, own in enumerate(held) if task in own] for task in tasks}
+        wrong = [
+            f"task label {task} is in {f'training experiences {_listed(i)}' if i else 'no training experience'}"
+            for task, i in holders.items()
+            if len(i) != 1
+        ]
+        wrong += [
+            f"training experience {i} has task labels {_listed(own)}" for i, own in enumerate(held) if len(own) > 1
+        ]
+        if wrong:
+            raise DataError(
+                f"{benchmark}: {wrong[0]}, but a task that is told is one training experience; give each a label of its "
+                "own, the same at test, or set scenario.task_labels=false"
+            )
+        return {task: i for task, (i,) in holders.items()}
 
     def outputs(self, dataset: Any) -> list[int]:
         """The global outputs that occur in ``dataset``."""
-        offsets = self.offsets.tolist()
-        return sorted({label + (offsets[task] if self.told else 0) for task, label in self._pairs[id(dataset)]})
+        return sorted({label + self._offsets[task] for task, label in self._pairs[id(dataset)]})
+
+    def mapped(self, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Global outputs and experiences' indices of labels ``y`` and task labels ``t``, int64 ``[N]`` all."""
+        if not self.told:
+            return y, torch.zeros_like(t)
+        tasks, of = t.unique(return_inverse=True)
+        offsets, experiences = (
+            torch.tensor([by_task[task] for task in tasks.tolist()]) for by_task in (self._offsets, self._experiences)
+        )
+        return y + offsets[of], experiences[of]
+
+
+def _listed(numbers: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
 
 
 def _pairs(dataset: Any) -> set[tuple[int, int]]:

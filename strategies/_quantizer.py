@@ -71,13 +71,15 @@ class ProductQuantizer:
     def fit(self, x: Tensor, *, seed: int, opq: bool = False, backend: Backend = "auto") -> None:
         """Learn the codebooks from ``x`` ``[N, d]`` float32.
 
-        Raises :class:`DataError` for fewer vectors than centroids, :class:`ConfigError` where faiss is asked for (OPQ asks
-        for it, too) and not installed.
+        Raises :class:`DataError` for fewer vectors than centroids (OPQ: than the next power of two), :class:`ConfigError`
+        where faiss is asked for (OPQ asks for it, too) and not installed.
         """
-        if len(x) < self.size:
+        needed = 2 ** _bits(self.size) if opq else self.size  # faiss learns the rotation with whole bits
+        if len(x) < needed:
+            wanted = f", with opq no fewer than {needed}" if needed > self.size else ""
             raise DataError(
-                f"codebooks of {self.size} centroids cannot be learnt from {len(x)} vectors; lower codebook_size or give "
-                "more base samples"
+                f"codebooks of {self.size} centroids cannot be learnt from {len(x)} vectors{wanted}; lower codebook_size or "
+                "give more base samples"
             )
         faiss = None if backend == "scikit-learn" else faiss_or_none()
         if faiss is None and (backend == "faiss" or opq):

@@ -12,6 +12,7 @@ from cl_lab.knobs import knob
 from cl_lab.protocols import Learner
 from cl_lab.records import Experience, State, TensorData
 
+from ._fresh import fresh_weights
 from ._memory import Policy
 from ._rehearsal import Rehearsal
 
@@ -35,6 +36,7 @@ class GDumb(Rehearsal):
     """
 
     learns_when_asked: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
 
     # Settled here, no longer knobs.
     policy: ClassVar[Policy] = "class-balanced"  # type: ignore[misc]
@@ -55,19 +57,11 @@ class GDumb(Rehearsal):
         if not self._initial:
             self._initial = learner.weights()
         else:
-            learner.set_weights(self._fresh(learner))
+            learner.set_weights(fresh_weights(self._initial, learner))
         if self.sampler == "greedy":  # the memory keeps the smallest keys of each class
             held = len(self._memory)
             self._memory.keys[:held] = torch.rand(held, generator=learner.rng, dtype=torch.float64) - 1
         self._memory.add(self.rows_of(experience.train), learner.rng)
-
-    def _fresh(self, learner: Learner) -> State:
-        """The weights to start from: trainable parameters and their layers' statistics as at first, others as they are."""
-        model = learner.replica()
-        names = {name for name, p in model.named_parameters() if p.requires_grad}
-        layers = {name.rpartition(".")[0] for name in names}
-        names |= {name for name, _ in model.named_buffers() if name.rpartition(".")[0] in layers}
-        return model.state_dict() | {name: value for name, value in self._initial.items() if name in names}
 
     def training_set(self, experience: Experience, learner: Learner) -> TensorData:
         x, y, t = (self._memory.columns[name][: len(self._memory)] for name in ("x", "y", "t"))

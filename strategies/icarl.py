@@ -32,13 +32,14 @@ class ICaRL(Strategy):
     mean of the chosen nearest to the class mean. The answer is ``argmin_y ‖φ(x) − μ_y‖`` with ``μ_y`` the mean over
     exemplars. Features ``φ`` and all means are scaled to unit length (paper, section 2 and algorithms 1–5).
 
-    Means are taken anew after each experience; within one, a class without any is answered by the outputs. Of outputs that
-    the head makes impossible, no loss is taken and none is answered. A class met again counts as new, its old exemplars
-    among the candidates.
+    Means are taken anew after each experience. Within one, whose classes have none yet, the outputs answer: in anytime
+    scores, and on the samples held out for early stopping. Of outputs that the head makes impossible, no loss is taken and
+    none is answered. A class met again counts as new, its old exemplars among the candidates.
     """
 
     needs_boundaries: ClassVar[bool] = True
     uses_features: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
 
     memory: int = knob(2000, doc="exemplars kept in all, K; each class met has an equal share", ge=1)
     loss: Literal["bce", "cross-entropy"] = knob(
@@ -52,7 +53,9 @@ class ICaRL(Strategy):
     )
 
     _exemplars: TensorData | None = field(default=None, init=False, repr=False)  # by class, most important first
-    _means: Tensor | None = field(default=None, init=False, repr=False)  # [C, d]; rows of unknown classes are zero
+    _means: Tensor | None = field(
+        default=None, init=False, repr=False
+    )  # [C, d]; rows of unknown classes are zero; none in training
     _known: list[int] = field(default_factory=list, init=False, repr=False)  # classes met, those in training included
     _new: list[int] = field(default_factory=list, init=False, repr=False)
     _teacher: Teacher = field(default_factory=Teacher, init=False, repr=False)  # the model before the experience
@@ -65,7 +68,7 @@ class ICaRL(Strategy):
     def before_experience(self, experience: Experience, learner: Learner) -> None:
         self._new = list(experience.classes)
         self._known = sorted({*self._known, *self._new})
-        self._masks = None
+        self._masks = self._means = None
         if self.memory < len(self._known):
             raise ConfigError(
                 f"strategy icarl: memory = {self.memory} leaves no exemplar for each of {len(self._known)} classes; give "

@@ -19,6 +19,7 @@ class Joint(Strategy):
 
     needs_boundaries: ClassVar[bool] = True
     reference: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
     objectives: ClassVar[frozenset[Objective]] = OBJECTIVES
 
     def training_set(self, experience: Experience, learner: Learner) -> TensorData | None:

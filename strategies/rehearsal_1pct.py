@@ -26,6 +26,7 @@ class RehearsalShare(Strategy):
     """
 
     needs_boundaries: ClassVar[bool] = True
+    gathers: ClassVar[bool] = True
     objectives: ClassVar[frozenset[Objective]] = OBJECTIVES
 
     share: float = knob(

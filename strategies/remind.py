@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Hashable
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl_lab import seeding
 from cl_lab.errors import ConfigError
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner, Strategy
@@ -121,7 +123,22 @@ class Remind(Strategy):
         self._lower = split(stage)
         self._flat = getattr(model.backbone, "flat_latents", {}).get(stage)
         self._live = stream.reads_on
+        if self.codebooks is not None:  # refused here, not behind the base session
+            ProductQuantizer(self._width(model, stream), self.codebooks, self.codebook_size)
         return model
+
+    @torch.no_grad()
+    def _width(self, model: Any, stream: Stream) -> int:
+        """Numbers in a vector of the latents; where the model does not say, G is asked with one sample of zeros."""
+        if self._flat is not None:
+            return self._flat.size
+        device = next(model.parameters()).device
+        kind = torch.int32 if stream.objective == "language" else torch.float32
+        lower = copy.deepcopy(model).eval()
+        drawn = seeding.global_state()
+        h = lower.latents(torch.zeros(1, *stream.input_shape, dtype=kind, device=device))
+        seeding.restore_global_state(drawn)
+        return int(self._vectors(h)[0].shape[-1])
 
     def _stage(self, model: Any) -> str:
         if self.split != "auto":
@@ -214,7 +231,9 @@ class Remind(Strategy):
         if codes is None:  # fewer samples than ranks
             kind = torch.float32 if self._quantizer is None else self._quantizer.dtype
             codes = torch.zeros(len(data), *self._code_shape(), dtype=kind)
-        return TensorData(learner.reduce(codes.to(learner.device)).cpu(), data.y, data.t, raw=False)
+        kind = codes.dtype
+        whole = codes.to(learner.device, torch.int32 if kind == torch.int16 else kind)  # gloo and NCCL add no int16
+        return TensorData(learner.reduce(whole).to("cpu", kind), data.y, data.t, raw=False)
 
     def _code_shape(self) -> list[int]:
         width = self.codebooks or self._shape[-1]
@@ -391,7 +410,7 @@ class Remind(Strategy):
             assert self.codebooks is not None
             self._quantizer = ProductQuantizer(self._shape[-1], self.codebooks, self.codebook_size)
             self._quantizer.load_state_dict(quantizer)
-        self._memory = CodeMemory(self.memory)
+        self._memory = self._new_memory()  # with its budget: it may not have met a sample yet
         self._memory.load_state_dict(memory)
         self._counts = counts.clone()
         self._encoder = None

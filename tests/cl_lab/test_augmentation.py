@@ -10,7 +10,7 @@ import torch
 import toys
 from torch import Tensor
 
-from cl_lab.augmentation import PADDING, crop_flip, load_function, transformed_batches
+from cl_lab.augmentation import PADDING, check, crop_flip, load_function, transformed_batches
 from cl_lab.errors import ConfigError
 from cl_lab.records import TensorData
 from cl_lab.seeding import generator
@@ -158,3 +158,36 @@ def test_training_with_it_is_deterministic(augmentation: str, file: Path) -> Non
         runs.append(toys.weights_of(trainer))
     assert not toys.differing(runs[0], runs[1])
     assert toys.differing(runs[0], runs[2])
+
+
+def test_what_it_means_nothing_for_is_refused() -> None:
+    flat, pictures = toys.stream(), toys.stream(form="images")
+    for name in ("none", "noise.py:f"):
+        check(name, flat)
+    check("crop-flip", pictures)
+    for on in (flat, toys.stream(form="questions"), toys.stream(form="texts")):
+        with pytest.raises(
+            ConfigError, match=r"^training\.augmentation = 'crop-flip': crops pictures .* set augmentation="
+        ):
+            check("crop-flip", on)
+    for name in ("crop-flip", "noise.py:f"):
+        with pytest.raises(ConfigError, match=rf"^training\.augmentation = '{name}': model\.frozen = 'pool' keeps"):
+            check(name, pictures, latents="pool")
+    check("none", pictures, latents="pool")
+
+
+def test_codes_are_not_augmented(tmp_path: Path) -> None:
+    """What a strategy made of the samples never meets the user's function, which is for samples."""
+    place = tmp_path / "loud.py"
+    place.write_text("def f(x):\n    raise AssertionError('seen')\n", encoding="utf-8")
+    on = toys.stream(experiences=1)
+    trainer = toys.trainer([{"name": "naive"}], on, training={"augmentation": f"{place}:f"})
+    data, experience = on.experiences[0].train, on.experiences[0]
+    t = trainer.config.training
+    plan = trainer._plan(len(data), experience, 5, 12, False)
+    codes = TensorData(data.x, data.y, data.t, raw=False)
+    batches = [b for _, b in trainer._batches(codes, experience, range(5), plan, t)]
+    assert sum(b.current for b in batches) == len(data)
+    assert not any(b.raw for b in batches)
+    with pytest.raises(AssertionError, match="seen"):
+        next(trainer._batches(data, experience, range(5), plan, t))

@@ -138,6 +138,32 @@ def test_early_stopping_takes_the_best_epoch_and_never_the_test_set() -> None:
     assert record.matrix[0][0] > 0.9
 
 
+def test_what_is_left_to_learn_of_an_ordered_experience_keeps_its_order() -> None:
+    on = toys.stream(experiences=1)
+    on.experiences[0].ordered = True
+    trainer = toys.trainer(NAIVE, on, training={"epochs": 2, "validation": 0.3})
+    data = on.experiences[0].train
+    left, held = trainer._split(data, on.experiences[0], True)
+    place = {tuple(row): i for i, row in enumerate(data.x.tolist())}
+    rows = [place[tuple(row)] for row in left.x.tolist()]
+    assert rows == sorted(rows)
+    assert held is not None
+    assert sorted(rows + [place[tuple(row)] for row in held.x.tolist()]) == [*range(60)]
+
+
+def test_ranks_agree_to_stop_on_short_experiences() -> None:
+    """Several look at each other's signals at every tenth step of the run, however few an experience has."""
+    trainer = toys.trainer(NAIVE, toys.stream(), training={"epochs": 1, "batch_size": 20}, stop=lambda: "SIGTERM")
+    trainer.learner._world = 2
+    trainer.learner.reduce = lambda value: value
+    asked = [trainer._asked_to_stop()]
+    trainer.record.steps, trainer._position.step = 9, 3
+    asked.append(trainer._asked_to_stop())
+    trainer.record.steps, trainer._position.step = 10, 1
+    asked.append(trainer._asked_to_stop())
+    assert asked == ["SIGTERM", None, "SIGTERM"]
+
+
 def test_anytime_evaluations_are_recorded() -> None:
     trainer = toys.trainer(NAIVE, toys.stream(), evaluation={"every_steps": 4})
     record = trainer.run()

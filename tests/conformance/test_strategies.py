@@ -426,6 +426,42 @@ def test_leaves_its_host_alone(name: str) -> None:
 
 
 @every
+def test_says_whether_it_gathers_samples_of_several_experiences(name: str) -> None:
+    """What it brings together is shuffled, what is one experience's own keeps the order of an ordered stream."""
+    on = stream_for(name)
+    own = {id(e): {tuple(row) for row in e.train.x.flatten(1).tolist()} for e in on.experiences}
+    mixed, orders = [], []
+
+    class Looking(Chain):
+        def training_set(self, experience: Experience, learner: Learner) -> Any:
+            data = super().training_set(experience, learner)
+            if data is not None and data.raw:
+                rows = {tuple(row) for row in data.x.flatten(1).tolist()}
+                mixed.append(bool(rows - own[id(experience)]))
+            return data
+
+        def mix(self, batch: Batch, learner: Learner) -> Batch | None:
+            if batch.raw:
+                orders.append(batch.y[: batch.current].clone())
+            return super().mix(batch, learner)
+
+        def overrides(self, hook: str) -> bool:
+            return hook == "mix" or super().overrides(hook)
+
+    for e in on.experiences:
+        e.ordered = True
+        e.train.y.copy_(e.train.y.sort().values)
+        own[id(e)] = {tuple(row) for row in e.train.x.flatten(1).tolist()}
+    gathers = strategy_class(name).gathers
+    run(name, on, chain=Looking, training={"epochs": 1, "batch_size": 12})
+    assert any(mixed) == gathers
+    if orders and gathers:
+        assert any(bool((y.diff() < 0).any()) for y in orders)
+    elif orders:
+        assert all(bool((y.diff() >= 0).all()) for y in orders)
+
+
+@every
 def test_prepare_gives_a_model_to_train(name: str) -> None:
     on = stream_for(name)
     trainer = toys.trainer([toys.own_settings(name)], on)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toys
 
 from cl_lab import knobs
 from cl_lab.errors import ConfigError, DataError
@@ -48,13 +49,21 @@ def benchmark(
     sizes: tuple[int, ...] = (6,),
     seed: int | None = None,
     one_test: bool = False,
+    task_labels: list[list[int]] | None = None,
+    test_labels: list[list[int]] | None = None,
 ) -> Any:
-    """Six classes in three experiences; with ``tasks``, each is a task with labels 0 and 1."""
+    """Six classes in three experiences; with ``tasks``, each is a task with labels 0 and 1.
+
+    ``task_labels`` are given to the samples of such experiences in turn; to test samples, too, unless others are given.
+    """
     _avalanche.import_avalanche()
     from avalanche.benchmarks import benchmark_from_datasets, class_incremental_benchmark, task_incremental_benchmark
     from avalanche.benchmarks.utils import as_classification_dataset
 
     sizes = tuple(sizes)
+    if task_labels:
+        labels = {"train": task_labels, "test": test_labels or task_labels}
+        return benchmark_from_datasets(**{part: [labelled(*own) for own in labels[part]] for part in labels})
     if tasks:
         streams = {n: [as_classification_dataset(Samples(2, form, sizes)) for _ in range(3)] for n in ("train", "test")}
         return task_incremental_benchmark(benchmark_from_datasets(**streams), reset_task_labels=True)
@@ -64,6 +73,15 @@ def benchmark(
     if one_test:
         return types.SimpleNamespace(train_stream=split.train_stream, test_stream=split.test_stream[:1])
     return split
+
+
+def labelled(*tasks: int) -> Any:
+    """Twenty samples with labels 0 and 1, as many with each of these task labels."""
+    from avalanche.benchmarks.utils import TaskLabels, as_classification_dataset
+
+    labels = TaskLabels([tasks[i * len(tasks) // 20] for i in range(20)])
+    made = as_classification_dataset(Samples(2, "array"))
+    return made.update_data_attribute(name="targets_task_labels", new_value=labels)
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +133,53 @@ def test_tasks_with_the_same_labels_get_outputs_of_their_own() -> None:
     assert [e.classes for e in stream.experiences] == [(0, 1), (2, 3), (4, 5)]
     assert [e.test.y.unique().tolist() for e in stream.experiences] == [[0, 1], [2, 3], [4, 5]]
     assert [e.train.t.unique().tolist() for e in stream.experiences] == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("labels", [(1, 2, 3), (2, 0, 1), (-4, 7, 500)])
+def test_a_told_task_is_the_index_of_its_experience(labels: tuple[int, ...]) -> None:
+    stream = made(task_labels=[[t] for t in labels]).stream(0)
+    assert stream.task_labels
+    for part in ("train", "test"):
+        assert [getattr(e, part).t.unique().tolist() for e in stream.experiences] == [[0], [1], [2]]
+        assert [getattr(e, part).y.unique().tolist() for e in stream.experiences] == [
+            list(e.classes) for e in stream.experiences
+        ]
+    assert sorted(c for e in stream.experiences for c in e.classes) == list(range(6))
+    record = toys.trainer([{"name": "naive"}], stream, training={"epochs": 1}).run()
+    assert len(record.matrix) == 3, "a head for each task"
+
+
+def test_a_test_set_of_all_tasks_asks_each_head() -> None:
+    stream = made(task_labels=[[5], [3]], test_labels=[[3, 5]]).stream(0)
+    test = stream.experiences[0].test
+    assert test.t.tolist() == [1] * 10 + [0] * 10
+    assert all(int(y) in stream.experiences[t].classes for y, t in zip(test.y, test.t, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "complaint"),
+    [
+        ([[0], [0], [1]], None, "task label 0 is in training experiences 0, 1, but"),
+        ([[0, 1], [2]], None, "training experience 0 has task labels 0, 1, but"),
+        ([[0], [1]], [[0], [7]], "task label 7 is in no training experience, but"),
+    ],
+)
+def test_tasks_that_are_not_one_experience_each_are_not_told(
+    train: list[list[int]], test: list[list[int]] | None, complaint: str
+) -> None:
+    scenario = made(task_labels=train, test_labels=test)
+    with pytest.raises(DataError, match=rf"^made_up_benchmarks:benchmark: {complaint}.*scenario\.task_labels=false$"):
+        scenario.stream(0)
+    scenario.task_labels = False
+    stream = scenario.stream(0)
+    assert (stream.task_labels, stream.n_classes) == (False, 2)
+    assert all(not data.t.any() for e in stream.experiences for data in (e.train, e.test))
+
+
+def test_one_task_label_throughout_is_none() -> None:
+    stream = made(task_labels=[[3], [3], [3]]).stream(0)
+    assert (stream.task_labels, stream.n_classes) == (False, 2)
+    assert all(not e.train.t.any() for e in stream.experiences)
 
 
 def test_one_test_experience_serves_all() -> None:

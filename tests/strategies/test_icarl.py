@@ -278,3 +278,12 @@ def test_forgets_less_than_naive() -> None:
 
 def test_knows_its_memory_by_default() -> None:
     assert ICaRL().memory == 2000
+
+
+def test_within_an_experience_the_outputs_answer() -> None:
+    """The new classes have no mean before its end: anytime scores and early stopping must not count them all as wrong."""
+    settings = {"evaluation": {"every_steps": 6}, "training": {"epochs": 8}}
+    trainer, strategy = ran(toys.stream(), sections=settings)
+    last = {a["experience"]: a["accuracies"][-1] for a in trainer.record.anytime}
+    assert min(last.values()) > 0.8
+    assert strategy._means is not None, "after it the nearest mean does"

@@ -111,6 +111,14 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         ProductQuantizer(12, 4, 32).fit(vectors(20), seed=0)
 
 
+def test_a_rotation_wants_as_many_vectors_as_the_next_power_of_two() -> None:
+    with pytest.raises(DataError, match=r"^codebooks of 20 centroids cannot be learnt from 31 vectors, .* than 32;"):
+        ProductQuantizer(12, 4, 20).fit(vectors(31), seed=0, opq=True)
+    ProductQuantizer(12, 4, 20).fit(vectors(31), seed=0)
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    ProductQuantizer(12, 4, 20).fit(vectors(32), seed=0, opq=True)
+
+
 def test_without_faiss_its_absence_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

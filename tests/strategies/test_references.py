@@ -101,6 +101,21 @@ def test_fresh_starts_every_experience_from_the_first_weights() -> None:
     assert not toys.differing(starts[0], starts[2])
 
 
+def test_fresh_leaves_frozen_layers_as_they_are() -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Note(Silent):
+        def scored(self, record: Record) -> None:
+            seen.append(toys.weights_of(trainer))
+
+    frozen = {"name": "freeze", "modules": ["backbone.layers.0"], "from_experience": 1}
+    trainer = toys.trainer([frozen, {"name": "cumulative", "fresh": True}], toys.stream(), observer=Note())
+    trainer.run()
+    lower = {"backbone.layers.0.linear.weight", "backbone.layers.0.linear.bias"}
+    assert lower <= set(toys.differing(seen[0], seen[1]))
+    assert not lower & set(toys.differing(seen[1], seen[-1]))
+
+
 def test_a_fresh_run_that_was_stopped_goes_on_to_the_same_end() -> None:
     settings: dict[str, Any] = {"model": {**toys.MLP, "head": "growing"}}
     links = [{"name": "cumulative", "fresh": True}]

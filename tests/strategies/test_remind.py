@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import toys
 from torch import Tensor
 from torch.nn import functional as F
 
+from cl_lab import registry
 from cl_lab.errors import ConfigError
 from cl_lab.records import Batch, Stream
 from cl_lab.trainer import Trainer
@@ -163,6 +165,40 @@ def test_a_budget_in_bytes_counts_the_codebooks() -> None:
     assert link._memory.nbytes + 1024 <= 12_000
 
 
+def test_a_budget_in_bytes_outlives_a_stop_before_the_first_sample_is_kept(tmp_path: Path) -> None:
+    knobs = {"base": "pretrained", "memory_bytes": 12_000}
+    whole = trainer_of(**knobs)
+    whole.run()
+    stopped = trainer_of(**knobs)
+    stopped.checkpoints = tmp_path
+    toys.stopped_at(5, stopped)
+    resumed = trainer_of(**knobs)
+    resumed.checkpoints = tmp_path
+    toys.at_newest(resumed).run()
+    assert link_of(resumed)._memory.capacity == (12_000 - 4 * 32 * 2 * 4) // 266
+    toys.assert_same(resumed, whole)
+
+
+def test_codes_of_two_bytes_add_up_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo takes no int16; a group of one rank refuses what a group of two does."""
+    on = toys.stream(form="images", train=100)
+    trainer = trainer_of(on, codebook_size=300, base="pretrained", sections={"training": {"epochs": 1}})
+    trainer.run()
+    data = on.experiences[0].test
+    alone = link_of(trainer).encode(data, trainer.learner)
+    group = torch.distributed.ProcessGroupGloo(torch.distributed.HashStore(), 0, 1)
+
+    def added(value: Tensor) -> Tensor:
+        group.allreduce([value]).wait()
+        return value
+
+    monkeypatch.setattr(trainer.learner, "reduce", added)
+    together = link_of(trainer).encode(data, trainer.learner)
+    assert together.x.dtype == alone.x.dtype == torch.int16
+    assert torch.equal(together.x, alone.x)
+    assert int(alone.x.max()) > 255
+
+
 def test_uncompressed_latents_are_the_latents() -> None:
     on = toys.stream(form="images")
     trainer = trainer_of(on, codebooks=None)
@@ -299,6 +335,32 @@ def far_away(on: Stream) -> Any:
     data = toys.stream(form="images").experiences[2].train
     noise = torch.randint(0, 256, data.x.shape, generator=rng(7), dtype=torch.uint8)
     return type(data)(noise, data.y, data.t)
+
+
+@pytest.mark.parametrize(
+    ("form", "model", "split", "width"),
+    [
+        ("float", {"name": "mlp"}, "auto", 400),
+        ("images", {**CONVNET, "batch_norm": True}, "blocks.1", 12),
+        ("questions", {"name": "visual-question", "channels": [6]}, "regions", 6),
+    ],
+)
+def test_a_width_that_does_not_fit_is_refused_before_anything_is_learnt(
+    form: str, model: dict[str, Any], split: str, width: int
+) -> None:
+    with pytest.raises(ConfigError, match=f"^codebooks = 32: must divide the {width} channels of the latents"):
+        trainer_of(toys.stream(form=form), model, split=split, codebooks=32)
+
+
+def test_asking_for_the_width_leaves_no_trace() -> None:
+    on = toys.stream(form="images")
+    spec = registry.create("models", {**CONVNET, "batch_norm": True, "dropout": 0.5}, "model")
+    model = spec.build(on)
+    before, drawn = {n: v.clone() for n, v in model.state_dict().items()}, torch.get_rng_state()
+    Remind(split="layers.0", codebooks=4).prepare(model, on)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not toys.differing(before, model.state_dict())
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize(
