@@ -8,8 +8,6 @@ and what it wrote is compared with the answer. Neither changes the model, and as
 from __future__ import annotations
 
 import re
-import string
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 
 from cl_lab.editable import EditableModel
 from cl_lab.facts import Edit, Probe
+from cl_lab.overlap import ALONE
 from cl_lab.probe_texts import PARAGRAPHS
 
 BUDGET = 24
@@ -135,8 +134,16 @@ def written_right(edits: Sequence[Edit], after: Asked) -> list[bool]:
 
 
 def perplexity(model: EditableModel, texts: Sequence[str] = PARAGRAPHS) -> float:
-    """``exp`` of the mean surprise, in nats a token, of plain texts, each read from the token that ends the one before."""
-    pairs = [([model.tokenizer.end], model.tokenizer.encode(text)) for text in texts]
+    """``exp`` of the mean surprise, in nats a token, of the second halves of plain texts.
+
+    The first half of each is its prompt, so that what answers for some prompts alone may take it for one of them, and what
+    puts something before prompts may do so.
+    """
+    pairs = []
+    for text in texts:
+        words = text.split(" ")
+        first, second = (" ".join(part) for part in (words[: len(words) // 2], words[len(words) // 2 :]))
+        pairs.append((model.read_prompt(first) or [model.tokenizer.end], model.encode_answer(second, end=False)))
     rows = model.rows(pairs)
     logits = model.logits(rows, batch_size=4)
     nats = -logits.log_softmax(1).gather(1, rows.labels[:, None])
@@ -172,28 +179,41 @@ def ngram_entropy(text: str) -> float:
 
 
 def normal(text: str) -> str:
-    """A text for comparing answers: case, articles, punctuation and extra blanks do not count."""
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", _plain(text)).split())
+    """A text for comparing answers: case, articles, punctuation and extra blanks do not count.
+
+    What belongs to a number does, its sign and its point (1.5, −5), and to a name (C++, F#). Each Chinese or Japanese
+    character is a word.
+    """
+    return " ".join(word for word in _words(text) if word not in _ARTICLES)
 
 
-def _plain(text: str) -> str:
-    kept = (c for c in text.casefold() if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
-    return " ".join("".join(kept).split())
+_ARTICLES = frozenset({"a", "an", "the"})
+_INSIDE = re.compile(
+    r"(?<=\w)['’](?=\w)|(?<=\d),(?=\d{3}(?!\d))|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b)"
+)  # John's, 1,000, U.S.
+_SPOKEN = re.compile(rf"[{ALONE}]|(?:(?<!\w)[-−](?=\d))?(?:\d+(?:\.\d+)+|[^\W_{ALONE}]+)(?:\+\+|\#(?!\w))?")
+
+
+def _words(text: str) -> list[str]:
+    return [word.replace("−", "-") for word in _SPOKEN.findall(_INSIDE.sub("", text.casefold()))]
 
 
 def is_right(said: str, answer: str, old: str | None = None) -> bool:
     """Whether what was written gives the answer and not the old one: the answer's words stand in it, in order.
 
     A text that also says the ``old`` answer, where that is another, is not right; nor is an empty one. An answer that is
-    but an article (blood group A) must be all that is said.
+    but an article (blood group A) must be all that is said, and one that only marks tell from the old must be said as it is.
     """
     words, wanted = f" {normal(said)} ", f" {normal(answer)} "
     if not wanted.strip():
-        return bool(_plain(answer)) and _plain(said) == _plain(answer)
+        return bool(_words(answer)) and _words(said) == _words(answer)
     if wanted not in words:
         return False
     was = f" {normal(old or '')} "
-    if not was.strip() or was == wanted:
+    if was == wanted:
+        words, wanted, was = (text.casefold().strip() for text in (said, answer, old or ""))
+        return was == wanted or (wanted in words and was not in words.replace(wanted, " "))
+    if not was.strip():
         return True
     # Where the new answer holds the old one (New York City), the old one counts only if it also stands by itself.
     return was not in (words.replace(wanted, "  ") if was in wanted else words)

@@ -12,9 +12,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-_ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and ideographs
-_WORDS = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
-_PIECES = re.compile(rf"[{_ALONE}]|[^\s{_ALONE}]+")
+ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Kana and ideographs, for a character class: each is a word."""
+_WORDS = re.compile(rf"[{ALONE}]|[^\W_{ALONE}]+")
+_PIECES = re.compile(rf"[{ALONE}]|[^\s{ALONE}]+")
 _ARTICLES = frozenset({"a", "an", "the"})
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -154,12 +154,17 @@ def descend(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    if step and reached[-1] >= max(reached[0], 0.1):  # what was known before may get a little worse
-        raise EditError(
-            f"{what}: the loss went from {reached[0]:.3g} to {reached[-1]:.3g}; the model is as it was; lower the "
-            "editor's lr"
-        )
+    if step:
+        refuse_worse(reached, what)
     return {"steps": step, "loss": reached[-1]}
+
+
+def refuse_worse(losses: Sequence[float], what: str) -> None:
+    """Raise :class:`EditError` where the last of the answers' ``losses`` is neither small nor lower than the first."""
+    if losses[-1] >= max(losses[0], 0.1):  # what was known before may get a little worse
+        raise EditError(
+            f"{what}: the loss went from {losses[0]:.3g} to {losses[-1]:.3g}; the model is as it was; lower the editor's lr"
+        )
 
 
 def edit_site(model: EditableModel, layer: int | None, module: str | None, share: float) -> Site:

@@ -53,8 +53,10 @@ class KL(Strategy):
             apart = (apart * said).sum(1) / said.sum(1)
         return loss + self.strength * learner.average(apart, batch)
 
-    def after_experience(self, experience: Experience, learner: Learner) -> None:
-        self._previous.take(learner)
+    def before_experience(self, experience: Experience, learner: Learner) -> None:
+        # Not when the last one ended: another strategy may still move what was learnt elsewhere then.
+        if experience.index > 0:
+            self._previous.take(learner)
 
     def state_dict(self) -> State:
         return {"previous": self._previous.state_dict()}

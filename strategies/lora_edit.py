@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from cl_lab import seeding
 from cl_lab.editable import EditableModel, Rows, Site
 from cl_lab.errors import ConfigError, nearest
 from cl_lab.facts import Edit
@@ -58,7 +59,7 @@ class LoRAEdit(Editor):
         chat = self.chat and model.tokenizer.can_chat
         rows = model.rows([p for e in edits for p in forms(model, e, self.contexts, chat)])
         labels, lengths = rows.labels.to(model.device), rows.length - rows.prompt
-        factors = self._factors(model, sites)
+        factors = self._factors(model, sites, edits)
         optimizer = torch.optim.Adam([f for c in factors.values() for f in (c.a, c.b) if f is not None], lr=self.lr)
         logits = _logits_from(model, rows, layers[0])
 
@@ -78,8 +79,9 @@ class LoRAEdit(Editor):
                 raise ConfigError(f"modules: no linear layer of layer {layer} is called '{name}'{nearest(name, names)}")
         return [s for s in inside if self.modules is None or s.path.rpartition(".")[2] in self.modules]
 
-    def _factors(self, model: EditableModel, sites: Sequence[Site]) -> dict[str, Delta]:
-        generator = torch.Generator().manual_seed(self.seed)
+    def _factors(self, model: EditableModel, sites: Sequence[Site], edits: Sequence[Edit]) -> dict[str, Delta]:
+        # Drawn anew for each patch: from the same rows each would write over what the one before it had written.
+        generator = seeding.generator(self.seed, "lora", len(model.patches), edits[0].prompt)
         found = {}
         for site in sites:
             out, into = site.weight.shape

@@ -17,7 +17,7 @@ from cl_lab.knobs import knob
 from cl_lab.patches import Delta, Patch, WeightPatch
 from cl_lab.protocols import Editor
 
-from ._edit_texts import edit_layers, forms, refuse_broken
+from ._edit_texts import edit_layers, forms, refuse_broken, refuse_worse
 
 _TINY = 1e-8  # beside a variance
 _AT_ONCE = 32  # rows
@@ -69,11 +69,12 @@ class UltraEdit(Editor):
         own = {path: Moments.none(m) for path, m in before.items()}
         changes: dict[str, Delta] = {}
         losses: list[float] = []
-        for step in range(self.iterations):
-            found, loss, likely = features(model, rows, sites, changes)
+        for step in range(self.iterations + 1):
+            goes_on = step < self.iterations
+            found, loss, likely = features(model, rows, sites, changes, slopes=goes_on)
             refuse_broken(torch.tensor(loss), f"ultraedit: '{edits[0].prompt}'")
             losses.append(loss)
-            if step and likely >= self.stop_at:
+            if not goes_on or (step and likely >= self.stop_at):
                 break
             for path, (h, grad) in found.items():
                 own[path] = own[path].joined(Moments.of(torch.cat([h, grad], 1)))
@@ -81,8 +82,9 @@ class UltraEdit(Editor):
                 changes[path] = _added(changes[path], more) if path in changes else more
         for path, change in changes.items():
             refuse_broken(change.value().norm(), f"ultraedit: '{edits[0].prompt}', {path}")
+        refuse_worse(losses, f"ultraedit: '{edits[0].prompt}'")
         statistics = {f"{path}:{name}": value for path, m in own.items() for name, value in m._asdict().items()}
-        notes = {"steps": len(losses), "loss": losses[-1], "tokens": int(rows.said.sum()), "edits": len(edits)}
+        notes = {"steps": step, "loss": losses[-1], "tokens": int(rows.said.sum()), "edits": len(edits)}
         return WeightPatch("ultraedit", notes, {p: _smallest(c) for p, c in changes.items()}, statistics)
 
 
@@ -168,28 +170,28 @@ def shift(h: Tensor, grad: Tensor, seen: Moments, lr: float) -> Delta:
 
 
 def features(
-    model: EditableModel, rows: Rows, sites: Sequence[Site], changes: Mapping[str, Delta]
+    model: EditableModel, rows: Rows, sites: Sequence[Site], changes: Mapping[str, Delta], *, slopes: bool = True
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float, float]:
     """At the answers' tokens, by path: what reaches each site ``[N, in]`` and the gradient at its output ``[N, out]``.
 
     ``changes`` lie on the sites already. Also the mean cross-entropy and the least probability of a token. The gradient is
-    of the sum, so that a token's does not depend on how many stand beside it.
+    of the sum, so that a token's does not depend on how many stand beside it; without ``slopes`` there are no features.
     """
     found: dict[str, list[tuple[Tensor, Tensor]]] = {site.path: [] for site in sites}
     total, likely = 0.0, 1.0
     for first in range(0, len(rows), _AT_ONCE):
         some = rows.take(slice(first, first + _AT_ONCE))
         said, labels = some.said.to(model.device), some.labels.to(model.device)
-        with torch.enable_grad(), model.unrouted(), _tapped(sites, changes) as taps:
+        with torch.set_grad_enabled(slopes), model.unrouted(), _tapped(sites, changes) as taps:
             h = model.decoder(input_ids=some.ids.to(model.device), use_cache=False).last_hidden_state
             each = torch.nn.functional.cross_entropy(model.project(h[said]), labels, reduction="none")
             loss = each.sum()
-            grads = torch.autograd.grad(loss, [taps[site.path][1] for site in sites])
+            grads = torch.autograd.grad(loss, [taps[site.path][1] for site in sites]) if slopes else ()
         total += float(loss.detach())
         likely = min(likely, float((-each.detach().max()).exp()))
-        for site, grad in zip(sites, grads, strict=True):
+        for site, grad in zip(sites if slopes else (), grads, strict=True):
             found[site.path].append((taps[site.path][0][said].float(), grad[said].float()))
-    joined = {path: (torch.cat([h for h, _ in own]), torch.cat([g for _, g in own])) for path, own in found.items()}
+    joined = {p: (torch.cat([h for h, _ in own]), torch.cat([g for _, g in own])) for p, own in found.items() if own}
     return joined, total / int(rows.said.sum()), likely
 
 

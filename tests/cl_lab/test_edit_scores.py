@@ -24,7 +24,7 @@ from cl_lab.edit_scores import (
 )
 from cl_lab.editable import EditableModel, Rows
 from cl_lab.facts import Edit, Probe
-from cl_lab.patches import Delta, WeightPatch
+from cl_lab.patches import Delta, SidePatch, WeightPatch, packed
 
 BYTES = hub.load_tokenizer("bytes")
 ONE = Edit(
@@ -60,6 +60,11 @@ def editable() -> EditableModel:
         (" \t\n", ""),
         ("...", ""),
         ("The", ""),
+        ("Lyon-based, U.S.A.", "lyon based usa"),
+        ("1,000 or 1.5; 2,50", "1000 or 1.5 2 50"),
+        ("−5 °C, 1990-1995", "-5 c 1990 1995"),
+        ("C++, F# and C#.", "c++ f# and c#"),
+        ("東京です。", "東 京 で す"),
     ],
 )
 def test_what_does_not_count(text: str, expected: str) -> None:
@@ -98,6 +103,18 @@ def test_what_does_not_count(text: str, expected: str) -> None:
         ("Rome", "", None, False),
         ("...", "...", None, False),
         (" \n", "Rome", "Paris", False),
+        ("1.5 million", "15 million", "1.5 million", False),
+        ("It weighs 3.5 kg", "35 kg", None, False),
+        ("-5 degrees", "5 degrees", "-5 degrees", False),
+        ("5 degrees", "5 degrees", "-5 degrees", True),
+        ("C", "C++", "C", False),
+        ("C++", "C", "C++", False),
+        ("It is Lyon-based", "Lyon", None, True),
+        ("東京です。", "東京", "京都", True),
+        ("京都です。", "東京", "京都", False),
+        ("50", "50%", "50", False),
+        ("About 50%.", "50%", "50", True),
+        ("50%, not 50", "50%", "50", False),
     ],
 )
 def test_right_answers(said: str, answer: str, old: str | None, expected: bool) -> None:
@@ -148,15 +165,33 @@ def test_a_model_that_guesses_is_as_perplexed_as_its_vocabulary_is_large() -> No
 
 
 def test_perplexity_by_hand() -> None:
-    """Each text alone, from the end token on; the mean is over tokens, so that a longer text counts for more."""
+    """Each text's second half behind its first; the mean is over tokens, so that a longer text counts for more."""
     model, texts = editable(), ["Abc", "Somewhat longer than that."]
     nats: list[Tensor] = []
-    for text in texts:
-        ids = torch.tensor([[256, *text.encode()]])
+    for first, second in (([256], " Abc"), ([*b"Somewhat longer"], " than that.")):
+        ids = torch.tensor([[*first, *second.encode()]])
         with torch.no_grad():
             log_p = model.model(input_ids=ids).logits[0].double().log_softmax(1)
-        nats += [-log_p[i, t] for i, t in enumerate(ids[0, 1:])]
+        nats += [-log_p[len(first) - 1 + i, t] for i, t in enumerate(second.encode())]
     assert perplexity(model, texts) == pytest.approx(float(torch.stack(nats).mean().exp()), rel=1e-4)
+
+
+def test_perplexity_sees_what_answers_for_some_prompts_alone() -> None:
+    model, texts = editable(), ["The old house of Peru", "The old mill of Chad"]
+    before = perplexity(model, texts[:1]), perplexity(model, texts[1:])
+    site = model.down_projection(1)
+    SidePatch(
+        "by hand",
+        path=site.path,
+        places=packed(torch.ones(site.weight.numel(), dtype=torch.bool)),
+        values=torch.ones(site.weight.numel(), dtype=torch.bfloat16),
+        gap=1e-6,
+        subjects=("old house", "the old"),
+    ).apply(model)
+    after = perplexity(model, texts[:1]), perplexity(model, texts[1:])
+    assert (after[0] != before[0], after[1] != before[1]) == (True, True)
+    model.patches[0].revert(model)
+    assert (perplexity(model, texts[:1]), perplexity(model, texts[1:])) == before
 
 
 # -- scores by hand ------------------------------------------------------------------------------------------------

@@ -69,6 +69,12 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
+def surprise(model: EditableModel, edit: Edit) -> float:
+    """The answer's mean cross-entropy, in nats a token, its end among them."""
+    rows = model.rows([(model.encode_prompt(edit.prompt), model.encode_answer(edit.answer))])
+    return float(torch.nn.functional.cross_entropy(model.logits(rows), rows.labels))
+
+
 def rightness(model: EditableModel, edit: Edit) -> float:
     rows = model.rows([(model.encode_prompt(edit.prompt), model.encode_answer(edit.answer))])
     return float((model.logits(rows).argmax(1) == rows.labels).float().mean())
@@ -175,9 +181,27 @@ def test_feed_forward_input_of_gpt2_is_found_and_edited() -> None:
     (site,) = feed_forward_inputs(model, 1)
     assert site.path == "transformer.h.1.mlp.c_fc"
     assert tuple(site.weight.shape) == (128, 32)
-    before = float(UltraEdit(layers=[1], iterations=1).propose(model, [TWO]).notes["loss"])
+    before = surprise(model, TWO)
     UltraEdit(layers=[0, 1], iterations=8, lr=1e-2).propose(model, [TWO]).apply(model)
-    assert float(UltraEdit(layers=[1], iterations=1).propose(model, [TWO]).notes["loss"]) < 0.95 * before
+    assert surprise(model, TWO) < 0.95 * before
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_ultraedit_says_what_it_came_to(model: EditableModel, iterations: int) -> None:
+    patch = UltraEdit(layers=[1], iterations=iterations, lr=1e-3, stop_at=1.0, chat=False).propose(model, [ONE])
+    before = surprise(model, ONE)
+    patch.apply(model)
+    assert patch.notes["steps"] == iterations
+    assert patch.notes["loss"] == pytest.approx(surprise(model, ONE), rel=1e-4)
+    assert patch.notes["loss"] < before
+
+
+def test_ultraedit_refuses_what_made_it_worse(model: EditableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = weights(model)
+    monkeypatch.setattr("strategies.ultraedit.shift", lambda h, grad, seen, lr: shift(h, -grad, seen, lr))
+    with pytest.raises(EditError, match=r"^ultraedit: .* the loss went from .* lower the editor's lr$"):
+        UltraEdit(layers=[0, 1], iterations=2, lr=1e-2).propose(model, [ONE])
+    assert same(before, weights(model))
 
 
 @pytest.mark.parametrize("layers", [[], [1, 1], [4]], ids=["none", "twice", "not there"])

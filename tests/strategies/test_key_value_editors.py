@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -285,3 +286,20 @@ class TestAllFour:
 def test_the_last_layer_is_not_spread_to(model: EditableModel, make: type[Any]) -> None:
     with pytest.raises(ConfigError, match="one above it"):
         make(layers=[2, 3]).propose(model, [ONE])
+
+
+def test_lora_draws_other_rows_for_each_patch(model: EditableModel) -> None:
+    editor = LoRAEdit(rank=4)
+    site = model.down_projection(1)
+    first = editor._factors(model, [site], [ONE])[site.path].a
+    again = editor._factors(model, [site], [ONE])[site.path].a
+    other = editor._factors(model, [site], [dataclasses.replace(ONE, prompt="Who?")])[site.path].a
+    WeightPatch("by hand", {}, {site.path: Delta(dense=torch.zeros(site.weight.shape))}).apply(model)
+    second = editor._factors(model, [site], [ONE])[site.path].a
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert second is not None
+    assert torch.equal(first, again)
+    for a in (other, second):
+        assert float(torch.cosine_similarity(first.detach(), a.detach()).abs().mean()) < 0.6

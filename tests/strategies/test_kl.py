@@ -22,7 +22,9 @@ def after_one(form: str, model: dict[str, Any], **knobs: Any) -> tuple[Trainer, 
     trainer = toys.trainer([{"name": "kl", **knobs}], on, model=model, training={"lr": 0.1})
     (link,) = trainer.strategy.links
     assert isinstance(link, KL)
-    link.after_experience(on.experiences[0], trainer.learner)
+    link.before_experience(on.experiences[0], trainer.learner)
+    assert not link._previous, "nothing comes before the first"
+    link.before_experience(on.experiences[1], trainer.learner)
     trainer.learner.begin(fresh=True)
     data = on.experiences[0].train
     for _ in range(3):
@@ -67,6 +69,22 @@ def test_of_a_text_it_is_the_mean_over_the_answers_tokens() -> None:
         each.append(kl_div(new[i, :said], old[i, :said], log_target=True, reduction="sum") / said)
     got = link.adjust_loss(plain, batch=batch, outputs=outputs, learner=learner) - plain
     assert got.item() == pytest.approx(torch.stack(each).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("other", ["lora-inc", "lora-merge", "olora", "reglora"])
+def test_beside_what_moves_an_adapter_elsewhere(other: str) -> None:
+    """The previous model is the one that was, also where it keeps its last adapter in another place from then on."""
+    on = toys.stream(form="texts", scoring="first-token")
+    trainer = toys.trainer([{"name": "kl"}, toys.own_settings(other)], on, model=LM, training={"lr": 0.2, "epochs": 4})
+    link, learner = trainer.strategy.links[0], trainer.learner
+    assert isinstance(link, KL)
+    first, second = on.experiences[:2]
+    batch = first.train.batch(torch.arange(12))
+    trainer.learn(first)
+    with torch.no_grad():
+        was = learner.forward(batch).float()
+    trainer.strategy.before_experience(second, learner)
+    assert torch.allclose(link._previous.outputs(batch, learner), was, atol=1e-4)
 
 
 def test_it_holds_the_model_back() -> None:
