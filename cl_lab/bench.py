@@ -660,7 +660,8 @@ def _edits(threads: int, repeats: int) -> dict[str, Any]:
     ultra = registry.create("editors", {"name": "ultraedit", "chat": False}, "editor")
     facts = [Edit(f"The capital of {name} is", "Alder Hill", subject=name) for name in ("Thale", "Norland", "Ostra")]
     wise.propose(model, facts[:1])  # what is read once for a model's life
-    ours, alike, whole, closed = (list[float]() for _ in range(4))
+    many = [Edit(f"The capital of {_made_up_name(n)} is", "Alder Hill") for n in range(EDITS["together"])]
+    ours, alike, whole, closed, together = (list[float]() for _ in range(5))
     for i in range(repeats):
         some = [facts[1 + i % 2]]
         start = time.perf_counter()
@@ -670,15 +671,13 @@ def _edits(threads: int, repeats: int) -> dict[str, Any]:
             (partial(same.propose, model, some), alike),
             (partial(_whole_model_edit, model, some[0]), whole),
             (partial(ultra.propose, model, some), closed),
+            (partial(ultra.propose, model, many), together),
         ):
             start = time.perf_counter()
             edit()
             took.append(time.perf_counter() - start)
-    many = [Edit(f"The capital of {_made_up_name(n)} is", "Alder Hill") for n in range(EDITS["together"])]
-    start = time.perf_counter()
-    ultra.propose(model, many)
-    together = (time.perf_counter() - start) / len(many)
-    row = {"model": EDITS["weights"], "threads": threads, **knobs, "ultraedit_together_s": together}
+    row = {"model": EDITS["weights"], "threads": threads, **knobs}
+    row |= {"ultraedit_together_s": statistics.median(together) / len(many)}
     row |= {"wise_s": statistics.median(ours), "same_work_s": statistics.median(alike)}
     row |= {"whole_model_s": statistics.median(whole), "ultraedit_s": statistics.median(closed)}
     row |= {"speedup": row["whole_model_s"] / row["same_work_s"], "speedup_own": row["whole_model_s"] / row["wise_s"]}
@@ -694,7 +693,8 @@ def _made_up_name(n: int) -> str:
 def _whole_model_edit(model: EditableModel, edit: Edit) -> float:
     """The same steps on such texts as released code takes them, all layers and all logits every time; the last loss.
 
-    Every step has the margin of WISE's Eq. 5, too, with one unrelated prompt, whose row runs through the model likewise.
+    Every step has the margin of WISE's Eq. 5, too, with the paper's α, β and γ and one unrelated prompt, whose row runs
+    through the model likewise.
     """
     site = model.down_projection(EDITS["layer"])
     answer = model.encode_answer(edit.answer)
@@ -702,23 +702,23 @@ def _whole_model_edit(model: EditableModel, edit: Edit) -> float:
     texts = [(model.encode_prompt(f"{text}{edit.prompt}"), answer) for text in beginnings]
     rows = model.rows([*texts, (model.encode_prompt("What is the name of the river near the old library?"), [])])
     asked, said, heard = rows.asked.float(), rows.said, list[Tensor]()
+    alpha, beta, gamma = 5, 20, 10
     free = torch.rand(site.weight.shape, generator=seeding.generator(SEED, "bench edits")) < EDITS["rho"]
     change = torch.zeros(site.weight.shape, requires_grad=True)
     optimizer = torch.optim.SGD([change], lr=1e-3)
     loss = torch.zeros(())
 
-    def moved(module: Any, args: Any, out: Tensor) -> Tensor:
+    def moved(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         more = args[0] @ (change * free).T
         heard[:] = [((more + 1e-12).norm(dim=2) * asked).sum(1) / asked.sum(1)]
-        moved_out: Tensor = out + more
-        return moved_out
+        return torch.add(out, more)
 
     hook = site.module.register_forward_hook(moved)
     try:
         for _ in range(EDITS["steps"]):
             logits = model.model(input_ids=rows.ids, use_cache=False).logits
             gap, far = heard[0][:-1], heard[0][-1]
-            margin = (far - 5).relu() + (20 - gap).relu().mean() + (10 - gap + far).relu().mean()
+            margin = (far - alpha).relu() + (beta - gap).relu().mean() + (gamma - gap + far).relu().mean()
             loss = F.cross_entropy(logits[said], rows.labels) + margin
             optimizer.zero_grad()
             loss.backward()

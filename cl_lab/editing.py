@@ -51,6 +51,7 @@ def score_facts(
     out: Path,
     *,
     batch_size: int = 1,
+    skip: int = 0,
     limit: int | None = None,
     chat: bool = False,
     free: bool = True,
@@ -61,11 +62,11 @@ def score_facts(
 ) -> dict[str, Any]:
     """Make the edits in a file of ``facts`` with ``editor`` (its name and knobs), score them, and return ``run.json``.
 
-    ``batch_size`` edits share a patch; ``limit`` takes the first so many. Scores (:func:`cl_lab.edit_scores.scores`) are
-    those before any edit and those after the last, ``retention`` the reliability of each edit by then, oldest first. A patch
-    that cannot be made is left out and named under ``refused``. Edits that contradict one before them, or may
-    (:func:`cl_lab.facts.suspects`), are not refused: ``conflicts`` lists the pairs, and ``contested`` says how many edits
-    are in one, and what these and the others were worth.
+    ``batch_size`` edits share a patch; ``skip`` leaves out the first so many facts, ``limit`` takes the first of the others.
+    Scores (:func:`cl_lab.edit_scores.scores`) are those before any edit and those after the last, ``retention`` the
+    reliability of each edit by then, oldest first. A patch that cannot be made is left out and named under ``refused``. Edits
+    that contradict one before them, or may (:func:`cl_lab.facts.suspects`), are not refused: ``conflicts`` lists the pairs,
+    and ``contested`` says how many edits are in one, and what these and the others were worth.
 
     ``without`` are edits, counted from 1, to be taken away when all is scored, each from the model with all others; under
     the same name is what that did to the rest (:func:`_taken_away`). They may differ when a run is given again.
@@ -74,7 +75,9 @@ def score_facts(
     facts that cannot be read, and what the model and the editor refuse.
     """
     read = read_facts(facts, layout=layout, skip_bad=skip_bad)
-    edits = read.edits[:limit]
+    edits = read.edits[skip:][:limit]
+    if not edits:
+        raise ConfigError(f"--skip {skip}: '{facts}' holds {len(read.edits)} facts; leave out fewer")
     if wrong := [n for n in without if not 1 <= n <= len(edits)]:
         raise ConfigError(f"--without {wrong[0]}: there are {len(edits)} edits; give 1 to {len(edits)}")
     made_by = registry.create("editors", editor, "editor")

@@ -115,6 +115,15 @@ def test_refuses_the_folder_of_another_run(facts: Path, tmp_path: Path) -> None:
         scored(facts, tmp_path / "other")
 
 
+def test_some_of_the_facts(facts: Path, tmp_path: Path) -> None:
+    whole = scored(facts, tmp_path / "whole", free=False)
+    some = scored(facts, tmp_path / "some", skip=1, limit=1, free=False)
+    assert (whole["edits"] > 2, some["edits"]) == (True, 1)
+    assert some["before"] != whole["before"]
+    with pytest.raises(ConfigError, match=r"^--skip 99: '.*' holds \d+ facts; leave out fewer$"):
+        scored(facts, tmp_path / "none", skip=99, free=False)
+
+
 def test_a_bad_line_stops_all_unless_asked(facts: Path, tmp_path: Path) -> None:
     facts.write_text(facts.read_text() + '{"prompt": "D is", "answer": ""}\n')
     with pytest.raises(DataError, match=r"facts\.jsonl:4"):
