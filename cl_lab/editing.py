@@ -64,9 +64,9 @@ def score_facts(
 
     ``batch_size`` edits share a patch; ``skip`` leaves out the first so many facts, ``limit`` takes the first of the others.
     Scores (:func:`cl_lab.edit_scores.scores`) are those before any edit and those after the last, ``retention`` the
-    reliability of each edit by then, oldest first. A patch that cannot be made is left out and named under ``refused``. Edits
-    that contradict one before them, or may (:func:`cl_lab.facts.suspects`), are not refused: ``conflicts`` lists the pairs,
-    and ``contested`` says how many edits are in one, and what these and the others were worth.
+    reliability of each edit by then, oldest first. A patch that cannot be made is left out and named under ``refused``.
+    Edits that contradict one before them, or may (:func:`cl_lab.facts.suspects`), are not refused: ``conflicts`` lists the
+    pairs, and ``contested`` says how many edits are in one, and what these and the others were worth.
 
     ``without`` are edits, counted from 1, to be taken away when all is scored, each from the model with all others; under
     the same name is what that did to the rest (:func:`_taken_away`). They may differ when a run is given again.
