@@ -805,10 +805,17 @@ def _edit_notes(document: Mapping[str, Any]) -> list[str]:
     notes = []
     contested = document["contested"]
     if contested["edits"]:
-        rest = "" if contested["others"] is None else f", of the others {contested['others']:.3f}"
-        notes.append(
-            f"{contested['edits']} edits contradict another or may: their reliability {contested['reliability']:.3f}{rest}"
-        )
+        worth = [
+            f"{whose} {contested[key]:.3f}"
+            for whose, key in (
+                ("their reliability", "reliability"),
+                ("their generality", "generality"),
+                ("the others' reliability", "others"),
+                ("the others' generality", "others_generality"),
+            )
+            if contested[key] is not None
+        ]
+        notes.append(f"{contested['edits']} edits contradict another or may: {', '.join(worth)}")
     for seen in document.get("without", ()):
         if seen.get("refused"):
             notes.append(f"without edit {seen['edit']}: it was refused")

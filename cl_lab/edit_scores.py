@@ -123,8 +123,18 @@ def scores(
 
 def retention(model: EditableModel, edits: Sequence[Edit], after: Asked, *, chat: bool = False) -> list[float]:
     """Each edit's own reliability, teacher-forced, in the order of ``edits``: by age, the newest last."""
-    probes = [list(GROUPS["reliability"](edit)) for edit in edits]
-    return [own[0] for own in _each(model, probes, after.tokens["reliability"], chat)]
+    found = by_edit(model, edits, after, "reliability", chat=chat)
+    return [own for own in found if own is not None]  # an edit always says its answer
+
+
+def by_edit(
+    model: EditableModel, edits: Sequence[Edit], after: Asked, group: str, *, chat: bool = False
+) -> list[float | None]:
+    """Each edit's own score in a group, teacher-forced; None where it has no question there whose answer is known."""
+    if group not in after.tokens:
+        return [None] * len(edits)
+    probes = [list(GROUPS[group](edit)) for edit in edits]
+    return [_mean([own]) for own in _each(model, probes, after.tokens[group], chat)]
 
 
 def written_right(edits: Sequence[Edit], after: Asked) -> list[bool]:

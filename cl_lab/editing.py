@@ -117,7 +117,9 @@ def score_facts(
         "before": old,
         "after": new,
         "retention": retention,
-        **_contested(edits, [*known, *doubted], retention),
+        **_contested(
+            edits, [*known, *doubted], retention, edit_scores.by_edit(target, edits, after, "generality", chat=chat)
+        ),
         **made,
     }
     if without:
@@ -128,20 +130,32 @@ def score_facts(
     return document
 
 
-def _contested(edits: Sequence[Edit], found: Sequence[Conflict], retention: Sequence[float]) -> dict[str, Any]:
-    """Pairs of edits, counted from 1, that contradict each other or may; what these edits and the others were worth."""
+def _contested(
+    edits: Sequence[Edit], found: Sequence[Conflict], held: Sequence[float], general: Sequence[float | None]
+) -> dict[str, Any]:
+    """Pairs of edits, counted from 1, that contradict each other or may; what these edits and the others were worth.
+
+    ``held`` is the reliability of each edit, ``general`` its generality, where it has paraphrases.
+    """
     place = {id(edit): i for i, edit in enumerate(edits)}
     pairs = [(place[id(c.edit)], place[id(c.other)], c) for c in found]
     within = {i for *two, c in pairs if c.kind != "duplicate" for i in two}
-    some, rest = ([r for i, r in enumerate(retention) if (i in within) == is_in] for is_in in (True, False))
+    some, rest = ([i for i in range(len(edits)) if (i in within) == is_in] for is_in in (True, False))
     return {
         "conflicts": [{"edit": i + 1, "other": j + 1, "kind": c.kind, "why": c.why} for i, j, c in pairs],
-        "contested": {"edits": len(some), "reliability": _mean(some), "others": _mean(rest)},
+        "contested": {
+            "edits": len(some),
+            "reliability": _mean(held, some),
+            "others": _mean(held, rest),
+            "generality": _mean(general, some),
+            "others_generality": _mean(general, rest),
+        },
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: Sequence[float | None], of: Sequence[int]) -> float | None:
+    known = [v for v in (values[i] for i in of) if v is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _taken_away(

@@ -255,7 +255,7 @@ def test_edits_that_may_contradict_are_counted_apart(
 ) -> None:
     rows = [
         {"prompt": "Ann's boss is", "answer": "x", "subject": "Ann"},
-        {"prompt": "B is", "answer": "y"},
+        {"prompt": "B is", "answer": "y", "paraphrases": ["What is B?"]},
         {"prompt": "The boss of Ann is", "answer": "w", "subject": "Ann"},
         {"prompt": "C is", "answer": "u"},
         {"prompt": "c is", "answer": "v"},
@@ -274,6 +274,8 @@ def test_edits_that_may_contradict_are_counted_apart(
         "edits": 4,
         "reliability": pytest.approx(sum(kept[i] for i in (0, 2, 3, 4)) / 4),
         "others": pytest.approx((kept[1] + kept[5]) / 2),
+        "generality": None,
+        "others_generality": pytest.approx(document["after"]["generality"]),
     }
     (line,) = [r.getMessage() for r in caplog.records if "may contradict" in r.getMessage()]
     assert line.startswith(
