@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_lab.adapters import LowRank
+from cl_lab.adapters import LowRank, adapted_layers
 from cl_lab.errors import ConfigError, nearest
-from cl_lab.hub import load_causal_lm, tiny_causal_lm
+from cl_lab.hub import family_logits, load_causal_lm, short_text, shortened, tiny_causal_lm
 from cl_lab.knobs import knob
 from cl_lab.models import Backbone, Classifier, Head, Stage, matching
 from cl_lab.protocols import ModelSpec
@@ -44,9 +44,15 @@ class CausalBackbone(Backbone):
 
     With a :attr:`prefix`, soft vectors stand before each prompt as if they were its first tokens: every token sees them, and
     takes its position behind them. ``room`` is how many more places than the stream's own the model reads; ``None``: any.
+
+    ``layered`` says whether the decoder's layers, run one after another, give what the decoder does; ``None``: it is found
+    out, on a short text. Where they do not (Granite scales its embeddings, Gemma 3 turns its layers in two ways), and where
+    a layer's window is shorter than the texts, the decoder is run whole: a single stage, and one answer after another.
     """
 
-    def __init__(self, decoder: Any, prompt: int, answer: int, *, room: int | None = None) -> None:
+    def __init__(
+        self, decoder: Any, prompt: int, answer: int, *, room: int | None = None, layered: bool | None = None
+    ) -> None:
         super().__init__()
         self.model: nn.Module = decoder
         self.width = int(decoder.config.hidden_size)
@@ -54,9 +60,42 @@ class CausalBackbone(Backbone):
         self.prefix: nn.Module | None = None
         """What stands before each prompt: ``(h, read, t)`` → ``(soft, there)``, see :meth:`take_prefix`."""
         parts = ("embed_tokens", "layers", "norm", "rotary_emb")  # of Llama, Qwen, Mistral and their relatives
-        self._layers = len(decoder.layers) if all(hasattr(decoder, p) for p in parts) else None
-        self._stages = 1 if self._layers is None else self._layers + 2
+        known = all(hasattr(decoder, p) for p in parts) and prompt + answer <= _window(decoder.config)
+        self._cut_into(len(decoder.layers) if known else None)
+        if known and not (self._gives_the_same() if layered is None else layered):
+            self._cut_into(None)
+
+    def _cut_into(self, layers: int | None) -> None:
+        """Have a stage for each of so many layers, or a single one."""
+        self._layers = layers
+        self._stages = 1 if layers is None else layers + 2
         self.flat_latents = {name: FlatLatent(self.width, marks=1) for name, _ in self.stages()[:-1]}
+
+    @property
+    def layered(self) -> bool:
+        """Whether layers are run one after another, not the decoder whole."""
+        return self._layers is not None
+
+    def _gives_the_same(self) -> bool:
+        """Whether layer by layer comes what the decoder itself gives, for a short text with two answers."""
+        decoder: Any = self.model
+        x = short_text(decoder, 8)
+        mask = torch.ones_like(x, dtype=torch.bool)
+        mask[:, 0] = False
+        training = [module for module in decoder.modules() if module.training]
+        decoder.eval()
+        try:
+            with torch.no_grad(), shortened(decoder):
+                whole = self._whole(x, mask, 4, 2)[mask]
+                found = self._some(x, mask, 4, 2, 0, None)[mask]
+        except (TypeError, ValueError, AttributeError, LookupError):  # its parts want to be called in another way
+            return False
+        finally:
+            for module in training:
+                module.training = True
+        rounding = 1e-3 if whole.dtype == torch.float32 else 0.05
+        apart = (found.float() - whole.float()).norm(dim=1)
+        return bool((apart <= rounding * whole.float().norm(dim=1)).all())
 
     def stages(self) -> list[Stage]:
         """``model.embed_tokens``, each ``model.layers.…`` and ``model.norm``; of other families only ``model``, whole."""
@@ -85,6 +124,8 @@ class CausalBackbone(Backbone):
                 f"soft prompts of {longest} places: behind the stream's texts the model has {self._room} places left; lower "
                 "their length or number, or scenario.max_prompt"
             )
+        if self._prompt + self._answer + longest > _window(self.model.config):
+            self._cut_into(None)
         self.prefix = prefix
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
@@ -97,7 +138,7 @@ class CausalBackbone(Backbone):
         Where answers are read one after another, those of the first.
         """
         start, behind = self._extent(x >= 0)
-        m = 1 if self._layers is None else (x.shape[1] - self._prompt) // self._answer
+        m = (x.shape[1] - self._prompt) // self._answer if self.layered else 1
         said = torch.arange(m)[:, None] * self._answer + torch.arange(behind)
         return torch.cat([torch.arange(start, self._prompt), self._prompt + said.flatten()])
 
@@ -138,7 +179,7 @@ class CausalBackbone(Backbone):
             soft, there = self.prefix(h[:, :p], mask[:, :p], t)
             h, mask = torch.cat([soft.to(h.dtype), h], 1), torch.cat([there, mask], 1)
             p, first = p + soft.shape[1], 1
-        h = self._whole(h, mask, p, behind) if self._layers is None else self._some(h, mask, p, behind, first, None)
+        h = self._some(h, mask, p, behind, first, None) if self.layered else self._whole(h, mask, p, behind)
         begun = h[:, None, p - 1 : p].expand(-1, m, -1, -1)
         return torch.cat([begun, h[:, p:].unflatten(1, (m, behind))], 2).flatten(1, 2)
 
@@ -177,6 +218,20 @@ class CausalBackbone(Backbone):
         return torch.cat([said[0][:, :prompt], *(h[:, prompt:] for h in said)], 1)
 
 
+def _window(config: Any) -> float:
+    """How many places each token of a text sees, itself among them, in the layer of a decoder that sees the fewest.
+
+    Of layers that see in another way it is 0: they hand on what they read, and with it one answer to the next.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds == {"full_attention"}:
+        return float("inf")
+    if kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
+        return 0
+    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((size for size in sizes if size is not None), default=float("inf"))
+
+
 def _places(mask: Tensor, prompt: int, answer: int) -> Tensor:
     """Each token's place ``[B, T]`` in its text: behind those before it, of other answers none."""
     read = mask[:, :prompt].cumsum(1)
@@ -187,16 +242,19 @@ def _places(mask: Tensor, prompt: int, answer: int) -> Tensor:
 
 
 class VocabularyHead(Head):
-    """The model's own projection to its vocabulary; it may share its weight with the embedding of tokens."""
+    """The model's own projection to its vocabulary; it may share its weight with the embedding of tokens.
 
-    def __init__(self, projection: nn.Linear) -> None:
+    ``config`` is the model's, which says what its family does to the logits (:func:`~cl_lab.hub.family_logits`).
+    """
+
+    def __init__(self, projection: nn.Linear, config: Any) -> None:
         nn.Module.__init__(self)
         self.linear = projection
+        self._config = config
 
     def forward(self, h: Tensor, t: Tensor) -> Tensor:
         """Logits ``[B, A', vocabulary]`` of ``h`` ``[B, A', width]``; ``t`` is ignored."""
-        logits: Tensor = self.linear(h)
-        return logits
+        return family_logits(self._config, self.linear(h))
 
 
 @dataclass
@@ -297,7 +355,8 @@ class CausalLM(ModelSpec):
         prompt, answer = (stream.layout[part][0] for part in self.parts)
         room = None if context is None or self.weights == _TINY else context - longest
         built = Classifier(
-            CausalBackbone(model.base_model, prompt, answer, room=room), VocabularyHead(model.get_output_embeddings())
+            CausalBackbone(model.base_model, prompt, answer, room=room),
+            VocabularyHead(model.get_output_embeddings(), model.config),
         )
         built.freeze_up_to(self.frozen, keep=self.keep_latents)
         if self.frozen is not None and tied:
@@ -310,7 +369,8 @@ def add_adapters(
 ) -> None:
     """Give the linear layers of ``model`` that ``targets`` name (:func:`linear_modules`) low-rank adapters, by PEFT.
 
-    ``A`` is drawn from torch's global generator, ``B`` is zero; these are what wants a gradient then.
+    ``A`` is drawn from torch's global generator, ``B`` is zero; these are what wants a gradient then. They are float32 where
+    the model is held in less, as PEFT's own ``get_peft_model`` has them: small steps would be rounded away.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -318,6 +378,9 @@ def add_adapters(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_modules(model, targets, place)
     )
     inject_adapter_in_model(config, model)
+    for layer in adapted_layers(model).values():
+        for p in (model.get_parameter(layer.a), model.get_parameter(layer.b)):
+            p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
 
 def save_adapters(adapters: Mapping[str, LowRank], model: nn.Module, folder: Path, *, base: str = "") -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_lab import knobs
@@ -33,8 +34,9 @@ class EditorStrategy(Strategy):
     The patches lie on a copy of the learner's model, which stays as it is. Test rows are answered through
     :class:`~cl_lab.editable.EditableModel`, told which tokens of a row are its prompt's own, so that whoever answers for
     some prompts only decides by these and never by the answer, whether it is given or being written; what puts facts before
-    prompts does so here, too. The copy is in the precision the weights are held in, whatever ``engine.precision`` says. An
-    edit that its editor refuses is left out with a warning and counted.
+    prompts does so here, too. An editor that does decide by the answer (``Editor.routes_once`` is false) reads the answers
+    that stand behind one prompt one at a time, each as if it were the only one. The copy is in the precision the weights are
+    held in, whatever ``engine.precision`` says. An edit that its editor refuses is left out with a warning and counted.
 
     State: the patches, and which edits they made; a run that goes on lays them on the model again, in their order.
     """
@@ -142,7 +144,7 @@ class EditorStrategy(Strategy):
 
     def _model(self, learner: Learner) -> _Patched:
         if self._patched is None:
-            self._patched = _Patched(learner.replica(), learner.stream)
+            self._patched = _Patched(learner.replica(), learner.stream, together=self._editor.routes_once)
             for patch in self._patches:
                 patch.apply(self._patched.editable)
         return self._patched
@@ -173,15 +175,19 @@ class _Causal(nn.Module):
 
 
 class _Patched:
-    """A copy of the model with patches on it, which answers rows of the stream."""
+    """A copy of the model with patches on it, which answers rows of the stream.
 
-    def __init__(self, model: Any, stream: Stream) -> None:
+    ``together``: several answers behind one prompt are read in one pass.
+    """
+
+    def __init__(self, model: Any, stream: Stream, *, together: bool = True) -> None:
         for path in adapted_layers(
             model
         ):  # nobody trains them, so they add nothing; editors look for the layers themselves
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, model.get_submodule(path).base_layer)
-        self._decoder, self._head = model.backbone.model, model.head
+        self._decoder, self._head, self._layered = model.backbone.model, model.head, model.backbone.layered
+        self._together = together
         self._prompt, self._answer = (size for (size,) in stream.layout.values())
         assert stream.tokenizer is not None
         self.editable = EditableModel(_Causal(self._decoder, self._head.linear), stream.tokenizer, "causal-lm")
@@ -193,6 +199,16 @@ class _Patched:
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits ``[B, m·A', vocabulary]`` at the places of the answers of ``batch``, as the causal-lm's are."""
+        head, answers = batch.x.tensor_split((self._prompt,), 1)
+        if self._together or answers.shape[1] == self._answer:
+            return self._read_at_once(batch)
+        each = [
+            self._read_at_once(replace(batch, x=torch.cat([head, one], 1))) for one in answers.split(self._answer, 1)
+        ]
+        longest = max(said.shape[1] for said in each)  # a shorter answer has nothing to say at the places behind it
+        return torch.cat([F.pad(said, (0, 0, 0, longest - said.shape[1])) for said in each], 1)
+
+    def _read_at_once(self, batch: Batch) -> Tensor:
         x, prompt = batch.x, self._prompt
         texts = [row[row >= 0].tolist() for row in x[:, :prompt].cpu()]
         if any(patch.rewrites for patch in self.editable.patches):
@@ -202,7 +218,7 @@ class _Patched:
             for row, tokens in zip(told, texts, strict=True):
                 row[prompt - len(tokens) :] = torch.tensor(tokens, dtype=x.dtype)
             x = torch.cat([told.to(x.device), x[:, self._prompt :]], 1)
-        backbone = CausalBackbone(self._decoder, prompt, self._answer)
+        backbone = CausalBackbone(self._decoder, prompt, self._answer, layered=self._layered)
         rows = self.editable.rows([(tokens, []) for tokens in texts])
         place = torch.arange(x.shape[1]) - (prompt - rows.prompt)[:, None]  # in its text, of each column of each row
         asked = (place >= rows.begin[:, None]) & (place < rows.until[:, None])

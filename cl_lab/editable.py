@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_lab.errors import ConfigError, nearest
-from cl_lab.hub import Tokenizer, Turn, new_cache
+from cl_lab.hub import Tokenizer, Turn, family_logits, new_cache
 
 if TYPE_CHECKING:
     from cl_lab.patches import Patch
@@ -291,8 +291,7 @@ class EditableModel:
 
     def project(self, h: Tensor) -> Tensor:
         """Logits of final hidden states ``[N, width]``, float32."""
-        logits: Tensor = self.model.get_output_embeddings()(h)
-        return logits.float()
+        return family_logits(self.model.config, self.model.get_output_embeddings()(h)).float()
 
     @torch.no_grad()
     def inputs(self, rows: Rows, sites: Sequence[Site], batch_size: int = 32) -> dict[str, list[Tensor]]:

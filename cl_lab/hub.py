@@ -21,7 +21,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -331,7 +331,8 @@ def load_causal_lm(name: str, *, dtype: str = "float32", trust_remote_code: bool
 
     Only safetensors and GGUF are read, the latter dequantised; with ``trust_remote_code`` also pickles and code that
     comes with the model. Torch's generator is left as it was. Raises :class:`ConfigError` where there is no such model
-    or only a pickle, and :class:`DataError` where it cannot be read or lacks some of its weights.
+    or only a pickle, or one whose logits are made as no family's here are (:func:`family_logits`), and
+    :class:`DataError` where it cannot be read or lacks some of its weights.
     """
     import torch
 
@@ -364,7 +365,11 @@ def load_causal_lm(name: str, *, dtype: str = "float32", trust_remote_code: bool
         embedding.padding_idx = None
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(_attention())
-    made: nn.Module = model.eval()
+    model.eval()
+    # Whose code is a stranger's may count its layers.
+    with nullcontext() if trust_remote_code else shortened(model):
+        _check_logits(name, model)
+    made: nn.Module = model
     return made
 
 
@@ -448,6 +453,83 @@ def tiny_causal_lm(
     model.set_attn_implementation(_attention())
     made: nn.Module = model.eval()
     return made
+
+
+def family_logits(config: Any, logits: Tensor) -> Tensor:
+    """A model's logits, by its ``config``, out of what its projection to the vocabulary gives.
+
+    Granite divides by ``logits_scaling``, Cohere multiplies by ``logit_scale``, and Gemma squeezes into
+    ``±final_logit_softcapping``; other families leave them as they are, and so does ``None`` for a config.
+    """
+    divisor, factor, cap = (
+        value if isinstance(value := getattr(config, name, None), int | float) else None
+        for name in ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    )
+    if divisor not in (None, 1):
+        logits = logits / divisor
+    if factor not in (None, 1):
+        logits = logits * factor
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
+@contextmanager
+def shortened(model: Any) -> Iterator[None]:
+    """Take away all but a model's first layers in the block, to see how it calls them for next to nothing.
+
+    Two are left, or as many as it takes to have one of each kind that its config tells of.
+    """
+    from torch import nn
+
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if not outer:
+        yield
+        return
+    path = max(outer, key=lambda name: len(lists[name]))
+    kinds = list(getattr(model.config, "layer_types", None) or [])
+    parent, _, name = path.rpartition(".")
+    holder, layers = model.get_submodule(parent), lists[path]
+    setattr(holder, name, layers[: max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])])
+    try:
+        yield
+    finally:
+        setattr(holder, name, layers)
+
+
+def short_text(model: Any, tokens: int) -> Tensor:
+    """A text ``[1, tokens]`` int64 to try a model with: drawn from its vocabulary, always the same."""
+    import torch
+
+    weight = model.get_input_embeddings().weight
+    drawn = torch.randint(len(weight), (1, tokens), generator=torch.Generator().manual_seed(0))
+    return drawn.to(weight.device)
+
+
+def _check_logits(name: str, model: Any) -> None:
+    """Raise :class:`ConfigError` unless a model's own logits are what :func:`family_logits` makes of its projection's."""
+    import torch
+
+    said: list[Tensor] = []  # by the decoder
+    read: list[tuple[Tensor, Tensor]] = []  # by the projection, and what it gave for it
+    hooks = [model.base_model.register_forward_hook(lambda _, args, out: said.append(out[0]))]
+    if (head := model.get_output_embeddings()) is not None:
+        hooks.append(head.register_forward_hook(lambda _, args, out: read.append((args[0], out))))
+    try:
+        with torch.no_grad():
+            own = model(input_ids=short_text(model, 4), use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    same = len(said) == len(read) == 1 and said[0].shape == read[0][0].shape
+    if same and (same := torch.allclose(said[0], read[0][0].to(said[0]), equal_nan=True)):
+        found = family_logits(model.config, read[0][1])
+        most = max(1e-4, 4 * torch.finfo(found.dtype).eps) * float(own.abs().max())
+        same = torch.allclose(found.to(own), own, atol=most, equal_nan=True)
+    if not same:
+        raise ConfigError(
+            f"model '{name}': of the family '{model.config.model_type}', which makes its logits in a way of its own; use a "
+            "Llama, Qwen, Mistral, Gemma, Granite, Cohere, GPT-2, GPT-J or GPT-NeoX model"
+        )
 
 
 def activation(config: Any) -> Callable[[Tensor], Tensor]:

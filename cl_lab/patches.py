@@ -797,7 +797,7 @@ class PromptPatch(Patch):
     """Facts that are put before prompts they concern: ``texts``, and their embeddings ``keys`` ``[n, width]``, of length 1.
 
     ``centre`` ``[width]`` is taken off an embedding before it is compared; a fact concerns a prompt from the cosine
-    ``least`` on, and only the nearest is put there.
+    ``least`` ``[n]`` on, one for each (a number is that of all), and only the nearest is put there.
     """
 
     kind: ClassVar[str] = "prompt-memory"
@@ -806,11 +806,17 @@ class PromptPatch(Patch):
     texts: list[str] = field(default_factory=list)
     keys: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     centre: Tensor = field(default_factory=lambda: torch.empty(0))
-    least: float = 1.0
+    least: Tensor | float = 1.0
     layer: int = 0
 
     def fires(self, model: EditableModel) -> str:
-        return f"cosine of {self.least:.2f} with its prompt"
+        low, high = (f"{float(value):.2f}" for value in self.thresholds.aminmax())
+        return f"cosine of {low if low == high else f'{low} to {high}'} with its prompt"
+
+    @property
+    def thresholds(self) -> Tensor:
+        """``least`` of each fact, ``[n]`` float32."""
+        return torch.as_tensor(self.least, dtype=torch.float32).expand(len(self.keys))
 
     def check(self, model: EditableModel) -> None:
         width = model.model.config.hidden_size
@@ -822,9 +828,11 @@ class PromptPatch(Patch):
 
     def rewrite(self, prompt: str, model: EditableModel) -> tuple[str, list[Patch]]:
         mine = [p for p in model.patches if isinstance(p, PromptPatch)]
-        query = embed([prompt], model, self.layer, self.centre)[0]
-        near = torch.cat([p.keys @ query for p in mine])
-        least = torch.cat([torch.full((len(p.keys),), p.least) for p in mine])
+        # Keys are of their own patch's layer and centre, and so must be what is compared with them.
+        read = {layer: raw_embeddings([prompt], model, layer)[0] for layer in {p.layer for p in mine}}
+        queries = torch.nn.functional.normalize(torch.stack([read[p.layer] - p.centre for p in mine]), dim=1)
+        near = torch.cat([p.keys @ query for p, query in zip(mine, queries, strict=True)])
+        least = torch.cat([p.thresholds for p in mine])
         best = int(torch.where(near >= least, near, -torch.inf).argmax())
         if near[best] < least[best]:
             return prompt, []
@@ -832,14 +840,16 @@ class PromptPatch(Patch):
         return text + "\n" + prompt, [patch]
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"keys": self.keys, "centre": self.centre}
+        return {"keys": self.keys, "centre": self.centre, "least": self.thresholds.contiguous()}
 
     def settings(self) -> dict[str, Any]:
-        return {"texts": self.texts, "least": self.least, "layer": self.layer}
+        return {"texts": self.texts, "layer": self.layer}
 
     @classmethod
     def made(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Patch:
-        return cls(keys=tensors["keys"], centre=tensors["centre"], **settings)
+        # Patches saved by earlier versions have one number among their settings.
+        least = tensors["least"] if "least" in tensors else settings["least"]
+        return cls(keys=tensors["keys"], centre=tensors["centre"], **{**settings, "least": least})
 
 
 def embed(texts: Sequence[str], model: EditableModel, layer: int, centre: Tensor | None) -> Tensor:

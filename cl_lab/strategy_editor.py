@@ -242,7 +242,8 @@ class StrategyEditor(Editor):
             for path in linear_modules(copied, self.targets, "targets"):
                 copied.get_submodule(path).weight.requires_grad_(True)
         backbone = CausalBackbone(copied.base_model, self.max_prompt, self.max_answer)
-        built = chain.prepare(Classifier(backbone, VocabularyHead(copied.get_output_embeddings())), stream)
+        head = VocabularyHead(copied.get_output_embeddings(), copied.config)
+        built = chain.prepare(Classifier(backbone, head), stream)
         if backbone.conditional:
             raise ConfigError(
                 f"{self.name}: puts soft prompts before each text, which is no change of weights; use another strategy "

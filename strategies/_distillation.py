@@ -25,13 +25,15 @@ class Teacher:
         self._module: nn.Module | None = None
         self._given: set[str] = set()  # names of what was not trained when it was taken
         self._restored: State = {}  # weights of a checkpoint, until they are needed
+        # Weights held in 16 bits that follow others, in 32: a small share of a way is less than these round to.
+        self._exact: dict[str, Tensor] = {}
 
     def __bool__(self) -> bool:
         return self._module is not None or bool(self._restored)
 
     def take(self, learner: Learner) -> None:
         """Become a copy of the model as it stands now."""
-        self._restored = {}
+        self._restored, self._exact = {}, {}
         if self._module is None:
             self._make(learner)
         else:
@@ -42,7 +44,12 @@ class Teacher:
         """Go a ``share`` of the way to the model's weights: ``θ ← θ + share·(θ_model − θ)``, for what is trained now."""
         own = dict(self._ready(learner).named_parameters())
         for name, p in learner.parameters().items():
-            own[name].lerp_(p.to(own[name]), share)
+            if name not in self._exact and _is_half(own[name]):
+                self._exact[name] = own[name].float()
+            kept = self._exact.get(name, own[name])
+            kept.lerp_(p.to(kept), share)
+            if name in self._exact:
+                own[name].copy_(kept)
 
     @torch.no_grad()
     def take_buffers(self, learner: Learner) -> None:
@@ -86,7 +93,13 @@ class Teacher:
 
     def _ready(self, learner: Learner) -> nn.Module:
         if self._module is None:
-            self._make(learner).load_state_dict(self._restored, strict=not self._given)
+            made = self._make(learner)
+            made.load_state_dict(self._restored, strict=not self._given)
+            self._exact = {
+                name: held.to(p.device, copy=True)
+                for name, p in made.named_parameters()
+                if isinstance(held := self._restored.get(name), Tensor) and held.dtype == torch.float32 and _is_half(p)
+            }
             self._restored = {}
         assert self._module is not None
         return self._module
@@ -101,12 +114,16 @@ class Teacher:
         """Its weights; nothing before it was taken."""
         if self._module is None:
             return dict(self._restored)
-        return {n: v for n, v in self._module.state_dict().items() if n not in self._given}
+        return {n: self._exact.get(n, v) for n, v in self._module.state_dict().items() if n not in self._given}
 
     def load_state_dict(self, state: object) -> None:
         """Restore what :meth:`state_dict` gave."""
         assert isinstance(state, dict)
-        self._module, self._restored = None, dict(state)
+        self._module, self._restored, self._exact = None, dict(state), {}
+
+
+def _is_half(p: Tensor) -> bool:
+    return p.dtype in (torch.bfloat16, torch.float16)
 
 
 class Unmasked:

@@ -73,7 +73,7 @@ class PromptMemory(Editor):
             texts=texts,
             keys=keys,
             centre=centre,
-            least=float(least.max()) if self.least is None else self.least,
+            least=least if self.least is None else self.least,
             layer=layer,
         )
 

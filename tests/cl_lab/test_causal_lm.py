@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +15,15 @@ import toys
 from torch import Tensor
 
 from cl_lab import hub, learner, registry
-from cl_lab.causal_lm import CausalBackbone, VocabularyHead, linear_modules
+from cl_lab.causal_lm import CausalBackbone, VocabularyHead, add_adapters, linear_modules
+from cl_lab.compat import import_torchvision
 from cl_lab.errors import ConfigError
 from cl_lab.latents import put_through
 from cl_lab.models import Classifier
 from cl_lab.records import PAD, Batch, Stream
+
+import_torchvision()  # in the way that does not fail where its operators are missing; Transformers reaches for it
+transformers: Any = importlib.import_module("transformers")
 
 TINY = {"name": "causal-lm", "weights": "tiny"}
 TRAINING = {"lr": 0.01, "optimizer": "adam", "epochs": 8}
@@ -38,7 +44,7 @@ def wrapped(on: Stream) -> tuple[Any, Classifier]:
     torch.manual_seed(0)
     plain: Any = hub.tiny_causal_lm(40).eval()
     backbone = CausalBackbone(plain.base_model, toys.PROMPT, toys.ANSWER)
-    return plain, Classifier(backbone, VocabularyHead(plain.get_output_embeddings())).eval()
+    return plain, Classifier(backbone, VocabularyHead(plain.get_output_embeddings(), plain.config)).eval()
 
 
 def test_says_what_the_model_itself_says(stream: Stream) -> None:
@@ -53,6 +59,93 @@ def test_says_what_the_model_itself_says(stream: Stream) -> None:
         n = min(len(expected), len(logits))
         assert n >= 2
         assert torch.allclose(logits[:n], expected[:n], atol=1e-5)
+
+
+OWN: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16}
+FAMILIES: dict[str, tuple[str, dict[str, Any], bool]] = {  # what its class is called, its own settings, layer by layer?
+    "llama": ("Llama", {}, True),
+    "qwen3": ("Qwen3", {"head_dim": 16}, True),
+    "mistral": ("Mistral", {"sliding_window": None}, True),
+    "a wide window": ("Mistral", {"sliding_window": toys.PROMPT + toys.ANSWER}, True),
+    "a narrow window": ("Mistral", {"sliding_window": 3}, False),
+    "cohere": ("Cohere", {"logit_scale": 0.125}, True),
+    "granite": ("Granite", {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.2}, False),
+    "gemma2": ("Gemma2", {**OWN, "final_logit_softcapping": 0.5, "sliding_window": 64}, False),  # eager, as below
+    "gemma3": ("Gemma3", {**OWN, "sliding_window": 4}, False),
+}
+
+
+def of_family(name: str) -> Any:
+    """A tiny random model of a family, whose texts' order and values tell."""
+    family, own, _ = FAMILIES[name]
+    config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **own,
+    )
+    config._attn_implementation = "eager" if family == "Gemma2" else "sdpa"  # it squeezes its attention, too
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def alone(plain: Any, tokens: Sequence[int], prompt: int) -> Tensor:
+    """What Transformers itself says from the prompt's end on."""
+    found: Tensor = plain(torch.tensor([tokens])).logits[0, prompt - 1 :]
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_says_what_it_says_itself(stream: Stream, name: str) -> None:
+    """Whatever a family does beside its layers and behind its projection; several answers stand behind a prompt."""
+    plain = of_family(name)
+    plain.train()
+    before = torch.get_rng_state()
+    backbone = CausalBackbone(plain.base_model, toys.PROMPT, toys.ANSWER)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in plain.modules()), "left as it was"
+    assert len(plain.base_model.layers) == 3
+    assert backbone.layered == FAMILIES[name][2]
+    model = Classifier(backbone, VocabularyHead(plain.get_output_embeddings(), plain.config)).eval()
+    data = stream.experiences[0].train
+    assert stream.answers is not None
+    prompts, every = data.x[:4, : toys.PROMPT], stream.answers[:3].to(torch.int32)
+    out = model(torch.cat([prompts, every.flatten().expand(4, -1)], 1), data.t[:4]).unflatten(1, (len(every), -1))
+    for row, said in zip(prompts, out, strict=True):
+        own = row[row != PAD].tolist()
+        for answer, logits in zip(every, said, strict=True):
+            expected = alone(plain, [*own, *answer[answer != PAD].tolist()], len(own))
+            n = min(len(expected), len(logits))
+            assert torch.allclose(logits[:n], expected[:n], atol=1e-4)
+
+
+def test_a_window_has_room_for_soft_prompts_or_the_decoder_is_run_whole() -> None:
+    for longest, layered in ((0, True), (1, False)):
+        backbone = CausalBackbone(of_family("a wide window").base_model, toys.PROMPT, toys.ANSWER)
+        backbone.take_prefix(torch.nn.Identity(), longest)
+        assert backbone.layered == layered
+        assert len(backbone.stages()) == (5 if layered else 1)
+
+
+def test_adapters_of_a_model_in_bf16_are_float32() -> None:
+    """A step of 1e-4 of a value moves it, as PEFT's own way to add adapters has it; and the answer is in bf16 still."""
+    plain: Any = hub.tiny_causal_lm(40).bfloat16()
+    add_adapters(plain, ["q_proj"], rank=2, alpha=4)
+    own = {n: p for n, p in plain.named_parameters() if p.requires_grad and "lora_" in n}
+    assert len(own) == 4
+    assert {p.dtype for p in own.values()} == {torch.float32}
+    logits = plain(torch.tensor([[1, 2, 3]])).logits
+    assert logits.dtype == torch.bfloat16
+    logits.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in own.values())
 
 
 def test_columns_that_nobody_uses_change_nothing(stream: Stream) -> None:

@@ -24,7 +24,7 @@ from cl_lab.errors import ConfigError, EditError, PluginError
 from cl_lab.experiment import run
 from cl_lab.files import write_atomically
 from cl_lab.models import Classifier
-from cl_lab.patches import Routed
+from cl_lab.patches import ReleasedMemory, Routed
 from cl_lab.records import PAD, Batch, Stream
 from strategies.ft_m import FTM
 
@@ -66,7 +66,9 @@ def learner_of(stream: Stream, model: Any = None) -> Any:
     """A learner, as far as an editor asks for one."""
     whole = model or toys.language_model()
     prompt, answer = (size for (size,) in stream.layout.values())
-    classifier = Classifier(CausalBackbone(whole.base_model, prompt, answer), VocabularyHead(whole.lm_head))
+    classifier = Classifier(
+        CausalBackbone(whole.base_model, prompt, answer), VocabularyHead(whole.lm_head, whole.config)
+    )
     return SimpleNamespace(replica=lambda: copy.deepcopy(classifier), stream=stream, model=classifier)
 
 
@@ -164,6 +166,39 @@ def test_several_answers_behind_a_prompt(name: str, facts: Path) -> None:
     for i, tokens in enumerate(table):
         alone = Batch(torch.cat([head, tokens.expand(n, -1)], 1), batch.y, batch.t, 0)
         assert torch.allclose(said(strategy, learner, alone), found[:, i], atol=1e-3)
+
+
+def test_an_answer_that_decides_does_so_for_itself_alone(facts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gap of released routing is a mean over the whole text: of several answers behind a prompt, over its own."""
+    stream = stream_of(facts)
+    learner = learner_of(stream)
+    strategy = learnt(strategy_of("wise-released"), learner)
+    gaps: list[float] = []
+    real = ReleasedMemory.gap
+
+    def gap(self: ReleasedMemory, *args: Any) -> Tensor:
+        found = real(self, *args)
+        gaps.extend(found.tolist())
+        return found
+
+    monkeypatch.setattr(ReleasedMemory, "gap", gap)
+    batch = questions(stream)
+    prompt, answer = (size for (size,) in stream.layout.values())
+    few = torch.full((3, answer), PAD, dtype=torch.int32)
+    few[0, :2], few[1, :1], few[2] = torch.tensor([32, 66]), 90, torch.arange(60, 60 + answer)
+
+    def asked(answers: Tensor) -> tuple[Tensor, list[float]]:
+        gaps.clear()
+        x = torch.cat([batch.x[:1, :prompt], answers.flatten()[None]], 1)
+        found = said(strategy, learner, Batch(x, batch.y[:1], batch.t[:1], 0))
+        return found.unflatten(1, (len(answers), -1))[0], list(gaps)
+
+    together, seen = asked(few)
+    each = [asked(one[None]) for one in few]
+    assert seen == pytest.approx([gap for _, found in each for gap in found], rel=1e-5)
+    assert len({round(gap, 4) for gap in seen}) > 1, "the answer does decide"
+    for found, (own, _) in zip(together, each, strict=True):
+        assert torch.allclose(found[: own.shape[1]], own[0], atol=1e-5)
 
 
 @every

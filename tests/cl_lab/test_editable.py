@@ -260,6 +260,34 @@ def test_logits_are_those_of_transformers(name: str) -> None:
     assert torch.allclose(model.logits(rows_of(model, [(p, a)])), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("Granite", {"embedding_multiplier": 6.0, "logits_scaling": 8.0}),
+        ("Cohere", {"logit_scale": 0.125}),
+        ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 0.5}),
+    ],
+)
+def test_logits_are_scaled_as_the_family_scales_them(name: str, own: dict[str, Any]) -> None:
+    config = getattr(transformers, f"{name}Config")(
+        **GROUPED,
+        intermediate_size=72,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **own,
+    )
+    torch.manual_seed(3)
+    model = EditableModel(transformers.AutoModelForCausalLM.from_config(config), BYTES, name)
+    p, a = TEXTS[0]
+    with torch.no_grad():
+        whole = model.model(input_ids=torch.tensor([BYTES.encode(p + a)])).logits[0]
+    rows = rows_of(model, [(p, a)])
+    assert torch.allclose(model.logits(rows), whole[len(p) - 1 : -1], atol=1e-5)
+    assert torch.allclose(model.above(rows, model.down_projection(2)).logits(), whole[len(p) - 1 : -1], atol=1e-5)
+
+
 # -- answers -------------------------------------------------------------------------------------------------------
 
 

@@ -176,6 +176,25 @@ def test_the_token_a_model_pads_with_learns_like_any_other(folder: Path) -> None
     assert gradient[7].abs().sum() > 0
 
 
+def test_a_model_that_makes_its_logits_in_its_own_way_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scaled model is read where its scaling is known; where it were not, it would be refused, and not be wrong."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    tokens = {"vocab_size": 40, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    scaled = GraniteForCausalLM(GraniteConfig(**size, **tokens, num_key_value_heads=2, logits_scaling=8.0))
+    scaled.save_pretrained(tmp_path / "granite")
+    model: Any = hub.load_causal_lm(str(tmp_path / "granite"))
+    assert len(model.model.layers) == 3, "it is whole again"
+    assert not model.model._forward_hooks
+    monkeypatch.setattr(hub, "family_logits", lambda config, logits: logits)
+    hub.load_causal_lm(str(folder))
+    with pytest.raises(ConfigError, match=r"^model '.*granite': of the family 'granite', which makes .*; use a Llama,"):
+        hub.load_causal_lm(str(tmp_path / "granite"))
+
+
 def test_a_tiny_model_is_drawn_from_torchs_generator() -> None:
     torch.manual_seed(3)
     first = hub.tiny_causal_lm(11, layers=1, width=8, heads=2)

@@ -31,6 +31,7 @@ from cl_lab.patches import (
     embed,
     load_patch,
     packed,
+    remade,
     shard_change,
     threshold,
     ties,
@@ -744,6 +745,40 @@ def test_the_nearest_fact_is_put_before_a_prompt() -> None:
         [f"Three.\n{PROMPTS[3]}"], max_new_tokens=5
     )
     assert hooks(model) == 0
+
+
+def test_a_prompt_is_compared_at_the_layer_and_centre_of_each_fact() -> None:
+    """Two memories that look at other layers, from other centres: each finds its own, whichever is the first."""
+    model = editable()
+    made = []
+    for layer, (text, fact) in ((0, (PROMPTS[0], "It is Rome.")), (2, (PROMPTS[2], "It was Eve."))):
+        centre = 0.01 * random(32, seed=layer)
+        keys = embed([text], model, layer, centre)
+        made.append(PromptPatch("prompt", {}, texts=[fact], keys=keys, centre=centre, least=0.999, layer=layer))
+    for order in (made, made[::-1]):
+        for patch in order:
+            patch.apply(model)
+        assert [model.fired(text) for text in PROMPTS[:4]] == [[made[0]], [], [made[1]], []]
+        for patch in order:
+            patch.revert(model)
+
+
+def test_a_fact_has_its_own_cosine_and_one_saved_before_shares_it(tmp_path: Path) -> None:
+    model = editable()
+    patch = prompt(model, **{PROMPTS[0]: "It is Rome.", PROMPTS[2]: "It was Eve."})
+    patch.least = torch.tensor([2.0, 0.999])
+    patch.save(tmp_path)
+    read = load_patch(tmp_path)
+    assert isinstance(read, PromptPatch)
+    assert read.thresholds.tolist() == pytest.approx([2.0, 0.999])
+    assert read.fires(model) == "cosine of 1.00 to 2.00 with its prompt"
+    read.apply(model)
+    assert [model.fired(text) for text in PROMPTS[:4]] == [[], [], [read], []]
+    document = {**patch.document(), "settings": {**patch.settings(), "least": 0.999}}
+    old = remade(document, {name: t for name, t in patch.tensors().items() if name != "least"})
+    assert isinstance(old, PromptPatch)
+    assert old.thresholds.tolist() == pytest.approx([0.999, 0.999])
+    assert old.fires(model) == "cosine of 1.00 with its prompt"
 
 
 def test_embeddings_are_means_over_the_tokens_behind_the_first() -> None:

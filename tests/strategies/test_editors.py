@@ -300,8 +300,9 @@ def memory(**knobs: Any) -> PromptMemory:
 
 
 def test_prompt_memory_reads_the_nearest_fact_before_its_prompt_only(model: EditableModel) -> None:
-    memory().propose(model, [ONE, TWO]).apply(model)
-    memory().propose(model, [THREE], [ONE, TWO]).apply(model)
+    editor = memory(unrelated=64)  # a percentile of a few is not met by the next
+    editor.propose(model, [ONE, TWO]).apply(model)
+    editor.propose(model, [THREE], [ONE, TWO]).apply(model)
     decode = model.tokenizer.decode
     for edit in (ONE, TWO, THREE):
         assert decode(model.read_prompt(edit.prompt)) == f"{edit.prompt} {edit.answer}\n{edit.prompt}"
@@ -330,9 +331,13 @@ def test_prompt_memory_takes_the_cosine_between_unrelated_prompts_and_its_own(mo
     assert isinstance(low, PromptPatch)
     assert isinstance(high, PromptPatch)
     assert isinstance(given, PromptPatch)
-    assert low.least == pytest.approx(low.notes["unrelated"])
-    assert high.least == pytest.approx(max(high.notes["own"], high.notes["unrelated"]))
-    assert given.least == 0.77
+    assert low.thresholds.tolist() == pytest.approx([low.notes["unrelated"]])
+    assert high.thresholds.tolist() == pytest.approx([max(high.notes["own"], high.notes["unrelated"])])
+    assert given.thresholds.tolist() == pytest.approx([0.77])
+    both = memory().propose(model, [ONE, TWO])
+    assert isinstance(both, PromptPatch)
+    each = [memory().propose(model, [edit]) for edit in (ONE, TWO)]
+    assert both.thresholds.tolist() == pytest.approx([float(p.tensors()["least"]) for p in each], rel=1e-4)
 
 
 def test_prompt_memory_refuses_a_layer_that_is_not_there(model: EditableModel) -> None:

@@ -84,7 +84,7 @@ def prefixed(length: int = 4) -> tuple[Any, Classifier]:
     plain: Any = hub.tiny_causal_lm(40).eval()
     backbone = CausalBackbone(plain.base_model, toys.PROMPT, toys.ANSWER)
     backbone.take_prefix(Fixed(length, backbone.width), length)
-    return plain, Classifier(backbone, VocabularyHead(plain.get_output_embeddings())).eval()
+    return plain, Classifier(backbone, VocabularyHead(plain.get_output_embeddings(), plain.config)).eval()
 
 
 @pytest.mark.parametrize("layered", [True, False])
