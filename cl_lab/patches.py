@@ -413,6 +413,15 @@ def activation_gap(change: Tensor, inputs: Tensor, asked: Tensor) -> Tensor:
     return mean
 
 
+def directions(inputs: Tensor, asked: Tensor, centre: Tensor) -> Tensor:
+    """``[B, in]`` float32 of length 1: where what the prompts bring lies from ``centre`` ``[in]``, the mean of their tokens.
+
+    ``inputs`` are ``[B, T, in]``, ``asked`` ``[B, T]`` bool.
+    """
+    total = ((inputs.float() - centre) * asked[..., None]).sum(1)
+    return torch.nn.functional.normalize(total, dim=1)
+
+
 @dataclass(eq=False)
 class SidePatch(Patch):
     """What one edit added to a shard of WISE's side memory: ``values`` at the places of the shard's random mask.
@@ -421,6 +430,8 @@ class SidePatch(Patch):
     when the patch was made, and ``floor`` the gap that all but a few unrelated prompts stay below: see :func:`threshold`.
     Values are bf16, and were rounded so before they were judged. The memory acts from the prompt's last own token on, or on
     the ``whole`` text. With ``subjects`` it answers for prompts alone that name one of them (:mod:`cl_lab.subjects`).
+    ``keys`` ``[n, in]`` are its own prompts' directions (:func:`directions` from ``centre`` ``[in]``), by which it is chosen
+    among several that would answer.
     """
 
     kind: ClassVar[str] = "side-memory"
@@ -434,6 +445,8 @@ class SidePatch(Patch):
     merge: bool = False
     whole: bool = False
     subjects: tuple[str, ...] = ()
+    keys: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    centre: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def fires(self, model: EditableModel) -> str:
         return "prompts like its own" + (f" that name {' or '.join(self.subjects)}" if self.subjects else "")
@@ -444,6 +457,10 @@ class SidePatch(Patch):
         if int(mask.sum()) != len(self.values):
             raise DataError(
                 f"patch of '{self.path}' has {len(self.values)} values for {int(mask.sum())} places; is it another model's?"
+            )
+        if len(self.keys) and (wrong := {self.keys.shape[1], len(self.centre)} - {into}):
+            raise DataError(
+                f"patch of '{self.path}' has keys of {wrong.pop()} values, the layer reads {into}; is it another model's?"
             )
 
     def _rebuild(self, model: EditableModel, *, added: bool = False) -> None:
@@ -457,7 +474,8 @@ class SidePatch(Patch):
         return SideMemory(model, model.site(self.path))
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"places": self.places, "values": self.values}
+        keys = {"keys": self.keys, "centre": self.centre} if len(self.keys) else {}
+        return {"places": self.places, "values": self.values} | keys
 
     def settings(self) -> dict[str, Any]:
         names = ("path", "shard", "gap", "floor", "merge", "whole")
@@ -466,16 +484,20 @@ class SidePatch(Patch):
     @classmethod
     def made(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Patch:
         subjects = tuple(settings.get("subjects", ()))
-        return cls(places=tensors["places"], values=tensors["values"], **{**settings, "subjects": subjects})
+        keys = {name: tensors[name] for name in ("keys", "centre") if name in tensors}
+        return cls(places=tensors["places"], values=tensors["values"], **{**settings, **keys, "subjects": subjects})
 
 
 class SideMemory(Routed):
     """WISE's side memories on one layer: a change of its weight for each shard, and the gap from which each answers.
 
+    The gap says whether a memory would answer. Of several that would, as edits about the same subject do, that one answers
+    of which a prompt is most like what is asked, by the cosine of their directions; by the gap, where one has no keys.
+
     Gaps are computed for prompts alone that name a memory's subject, where it has one. Of more than :data:`CANDIDATES`
-    memories that may answer the gaps are first estimated, each from :data:`SKETCH` random projections of its
-    change (Johnson and Lindenstrauss), and computed for those alone that seem furthest above their thresholds: five hundred
-    memories cost little more than sixteen.
+    memories that may answer the gaps are first estimated, each from :data:`SKETCH` random projections of its change (Johnson
+    and Lindenstrauss), and computed for those alone that seem furthest above their thresholds: five hundred memories cost
+    little more than sixteen.
     """
 
     def __init__(self, model: EditableModel, site: Site) -> None:
@@ -527,8 +549,19 @@ class SideMemory(Routed):
         gaps = torch.full((len(shards), len(inputs)), -1.0, device=inputs.device)
         for n in near.any(1).nonzero().flatten().tolist():
             gaps[n, near[n]] = self._ratio(shards[n], inputs[near[n]], asked[near[n]])
-        best, place = gaps.max(0)
-        return torch.where(best >= 1, torch.tensor(shards, device=inputs.device)[place], -1)
+        would, place = gaps >= 1, gaps.argmax(0)
+        if int(would.sum(0).max()) > 1 and all(len(p.keys) for own, _ in self._made.values() for p in own):
+            like = torch.full_like(gaps, -torch.inf)
+            for n in would.any(1).nonzero().flatten().tolist():
+                like[n, would[n]] = self._likeness(shards[n], inputs[would[n]], asked[would[n]])
+            place = like.argmax(0)
+        return torch.where(would.any(0), torch.tensor(shards, device=inputs.device)[place], -1)
+
+    def _likeness(self, shard: int, inputs: Tensor, asked: Tensor) -> Tensor:
+        """``[B]``: the greatest cosine of each prompt's direction with one of the memory's own prompts'."""
+        patches, _ = self._made[shard]
+        each = [directions(inputs, asked, p.centre.to(inputs.device)) @ p.keys.to(inputs.device).T for p in patches]
+        return torch.cat(each, 1).amax(1)
 
     def _may_answer(self, asked: Tensor) -> Tensor:
         """``[memories, B]`` bool: those that are open to all prompts, and those whose subject a prompt names."""

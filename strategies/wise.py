@@ -35,16 +35,19 @@ class Wise(Editor):
         L = CE(y|x) + max(0, D(x_i) − α) + max(0, β − D(x_e)) + max(0, γ − (D(x_e) − D(x_i)))
 
     Each ``edits_per_shard`` edits have a shard of their own; with ``mode=merge`` TIES brings them together. A prompt is
-    answered by the shard whose gap is furthest above its threshold, by the model itself where none is; the choice is made
-    once, from the prompt's tokens. ``D``, ``α``, ``β``, ``γ`` count in units of the model's own: the median over tokens of
+    answered by a shard whose gap is above its threshold, by the model itself where none's is; the choice is made once,
+    from the prompt's tokens. ``D``, ``α``, ``β``, ``γ`` count in units of the model's own: the median over tokens of
     unrelated texts of ``‖W·A(x)‖₂`` at that layer; the paper's 5, 20 and 10 were made for models 4,096 wide.
 
-    Beyond the paper: a memory acts from the prompt's last own token on, so that what is before it is read once for all steps
-    and the margin's tokens and the answer's do not get in each other's way. A shard is one edit, unless told otherwise: none
-    overwrites another, and any can be taken away without touching the rest. In larger ones all earlier edits are rehearsed,
-    ``replay`` in each step (the paper's B.3). Held away are unrelated prompts, the edit's own with other subjects, and the
-    nearest prompts of other shards. The answer's end is learnt. A shard's threshold is seven tenths of the least gap of its
-    edits, but not below what all but a ``false_positives`` share of unrelated prompts reach that were not trained on.
+    Beyond the paper: where several shards are above their thresholds, as of edits about the same subject, the one answers
+    whose own prompts the question is most like, not the one with the greatest gap, which says how strongly a memory acts
+    (:class:`~cl_lab.patches.SideMemory`). A memory acts from the prompt's last own token on, so that what is before it is
+    read once for all steps and the margin's tokens and the answer's do not get in each other's way. A shard is one edit,
+    unless told otherwise: none overwrites another, and any can be taken away without touching the rest. In larger ones all
+    earlier edits are rehearsed, ``replay`` in each step (the paper's B.3). Held away are unrelated prompts, the edit's own
+    with other subjects, and the nearest prompts of other shards. The answer's end is learnt. A shard's threshold is seven
+    tenths of the least gap of its edits, but not below what all but a ``false_positives`` share of unrelated prompts reach
+    that were not trained on.
 
     ``D`` is a mean over the prompt's tokens, of which all but the subject's are the same in the same question about another:
     alone it answers "The capital of Japan is" with Australia's. So where an edit says its subject, a prompt must name it, or
@@ -122,6 +125,8 @@ class Wise(Editor):
             behind = [f"{context} {e.prompt}" for e in edits for context in CONTEXTS[: self.contexts]]
             mine = both_ways([e.prompt for e in [*edits, *held]], chat) + [(text, False) for text in behind]
             asked = heard_prompts(model, site, mine)
+            own_prompts = heard_prompts(model, site, both_ways([e.prompt for e in edits], chat))
+        centre = away.tokens.mean(0)
         trained, notes = self._train(at, old, before, free, away, near, asked, unit, edits)
 
         values = trained.to(torch.bfloat16)
@@ -138,6 +143,8 @@ class Wise(Editor):
             floor=floor,
             merge=self.mode == "merge",
             subjects=self._names(edits),
+            keys=own_prompts.directions(centre).cpu(),
+            centre=centre.cpu(),
         )
 
     def _names(self, edits: Sequence[Edit]) -> tuple[str, ...]:
@@ -260,9 +267,9 @@ class Heard:
         found = place[self.of]
         return Heard(self.tokens[found >= 0], found[found >= 0], len(prompts))
 
-    def directions(self) -> Tensor:
-        """``[count, in]`` of length 1: the mean of each prompt's tokens, less the mean of all tokens."""
-        centred = self.tokens - self.tokens.mean(0)
+    def directions(self, centre: Tensor) -> Tensor:
+        """``[count, in]`` of length 1, as :func:`cl_lab.patches.directions` has them."""
+        centred = self.tokens - centre
         total = torch.zeros(self.count, centred.shape[1], device=centred.device).index_add(0, self.of, centred)
         return torch.nn.functional.normalize(total, dim=1)
 
@@ -289,8 +296,9 @@ def nearest(model: EditableModel, site: Site, prompts: Sequence[str], others: Se
     """Those ``others`` that bring most nearly the same to the site as one of ``prompts``: by the cosine of their means."""
     if not others or not number:
         return []
-    both = heard_prompts(model, site, in_turn([*others, *prompts], False)).directions()
-    theirs, ours = both[: len(others)], both[len(others) :]
+    both = heard_prompts(model, site, in_turn([*others, *prompts], False))
+    found = both.directions(both.tokens.mean(0))
+    theirs, ours = found[: len(others)], found[len(others) :]
     order = (theirs @ ours.T).amax(1).sort(descending=True, stable=True).indices
     return [others[i] for i in order[:number].tolist()]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from cl_lab import hub
 from cl_lab.editable import EditableModel
+from cl_lab.errors import DataError
 from cl_lab.facts import Edit
-from cl_lab.patches import SidePatch, activation_gap, shard_change, unpacked
+from cl_lab.patches import SidePatch, activation_gap, directions, shard_change, unpacked
 from strategies._edit_texts import SUBJECTS, neighbours
 from strategies.wise import Wise, apart, both_ways, heard_prompts, in_turn, nearest
 
@@ -155,6 +156,30 @@ def test_a_prompt_must_name_the_subject(model: EditableModel) -> None:
         assert wise()._names(some) == (), "where one is not known, none is asked for"
 
 
+def test_of_several_questions_about_a_subject_the_nearest_answers(model: EditableModel) -> None:
+    questions = [
+        Edit(f"The {what} of Peru is", "B", subject="Peru") for what in ("capital", "president", "longest river")
+    ]
+    patches = made(model, wise(steps=2), questions)
+    for patch in patches:  # whatever is asked about Peru, each would answer, and the last most strongly
+        patch.gap = patch.floor = 1e-9
+    patches[2].gap = patches[2].floor = 1e-12
+    patches[2].revert(model)
+    patches[2].apply(model)
+    assert [model.fired(q.prompt) for q in questions] == [[p] for p in patches]
+    kept = patches[0].keys
+    patches[0].keys = kept[:0]
+    assert [model.fired(q.prompt) for q in questions] == 3 * [[patches[2]]], "where one has no keys, the gap decides"
+    patches[0].keys = kept
+    again = SidePatch.made(patches[0].tensors(), patches[0].settings())
+    assert isinstance(again, SidePatch)
+    assert torch.equal(again.keys, kept)
+    assert torch.equal(again.centre, patches[0].centre)
+    again.keys = kept[:, 1:]
+    with pytest.raises(DataError, match=r"has keys of \d+ values, the layer reads \d+; is it another model's"):
+        again.check(model)
+
+
 def test_the_nearest_prompts_are_those_that_bring_nearly_the_same(model: EditableModel) -> None:
     site = model.down_projection(2)
     others = ["Snow is", "The capital of Chad is", "Who wrote it?", "The capital of Perú is"]
@@ -163,8 +188,13 @@ def test_the_nearest_prompts_are_those_that_bring_nearly_the_same(model: Editabl
     assert nearest(model, site, ["The capital of Peru is"], others, 0) == []
     assert nearest(model, site, ["The capital of Peru is"], [], 2) == []
     heard = heard_prompts(model, site, in_turn(others, False))
-    mean = torch.stack([heard.tokens[heard.of == n].mean(0) for n in range(4)]) - heard.tokens.mean(0)
-    assert torch.allclose(heard.directions(), torch.nn.functional.normalize(mean, dim=1), atol=1e-5)
+    centre = torch.linspace(-0.1, 0.1, heard.tokens.shape[1])
+    mean = torch.stack([heard.tokens[heard.of == n].mean(0) for n in range(4)]) - centre
+    found_at = heard.directions(centre)
+    assert torch.allclose(found_at, torch.nn.functional.normalize(mean, dim=1), atol=1e-5)
+    rows = model.rows([(model.encode_prompt(p), []) for p in others])
+    at = model.above(rows, site)
+    assert torch.allclose(directions(at.inputs, at.asked, centre), found_at, atol=1e-4)
 
 
 def test_training_brings_prompts_apart(model: EditableModel) -> None:
