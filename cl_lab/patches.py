@@ -483,6 +483,12 @@ class SidePatch(Patch):
 
     @classmethod
     def made(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Patch:
+        settings = dict(settings)
+        if settings.pop("subject_path", ""):  # one day's version knew a subject by what its tokens resemble
+            raise DataError(
+                f"patch of '{settings['path']}': is of a version that did not write down its subject's name; make the edit "
+                "again in a new deployment"
+            )
         subjects = tuple(settings.get("subjects", ()))
         keys = {name: tensors[name] for name in ("keys", "centre") if name in tensors}
         return cls(places=tensors["places"], values=tensors["values"], **{**settings, **keys, "subjects": subjects})

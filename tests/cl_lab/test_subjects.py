@@ -9,6 +9,7 @@ import torch
 
 from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable
+from cl_lab.errors import DataError
 from cl_lab.patches import SidePatch, load_patch, packed
 from cl_lab.subjects import NamedSubjects, words
 
@@ -91,6 +92,16 @@ def test_a_memory_answers_where_its_subject_is_named_alone(model: EditableModel,
     again.revert(model)
     assert model.answer([*asked, aside], max_new_tokens=6) == before
     assert twin.fired(asked[0]) == [again], "the twin's stay"
+
+
+def test_a_patch_that_knows_its_subject_otherwise_is_refused(model: EditableModel) -> None:
+    patch = side_patch(model)
+    settings = {name: value for name, value in patch.settings().items() if name != "subjects"}
+    again = SidePatch.made(patch.tensors(), settings | {"subject_path": ""})
+    assert isinstance(again, SidePatch)
+    assert again.subjects == ()
+    with pytest.raises(DataError, match=r"^patch of '.*': is of a version that did not write down its subject's name"):
+        SidePatch.made(patch.tensors(), settings | {"subject_path": "model.layers.1"})
 
 
 def test_what_follows_a_prompt_does_not_name_it(model: EditableModel) -> None:
