@@ -16,7 +16,7 @@ import torch
 
 from cl_lab.editable import EditableModel
 from cl_lab.facts import Edit, Probe
-from cl_lab.overlap import ALONE
+from cl_lab.overlap import ALONE, ARTICLES
 from cl_lab.probe_texts import PARAGRAPHS
 
 BUDGET = 24
@@ -194,10 +194,9 @@ def normal(text: str) -> str:
     What belongs to a number does, its sign and its point (1.5, −5), and to a name (C++, F#). Each Chinese or Japanese
     character is a word.
     """
-    return " ".join(word for word in _words(text) if word not in _ARTICLES)
+    return " ".join(word for word in _words(text) if word not in ARTICLES)
 
 
-_ARTICLES = frozenset({"a", "an", "the"})
 _INSIDE = re.compile(
     r"(?<=\w)['’](?=\w)|(?<=\d),(?=\d{3}(?!\d))|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b)"
 )  # John's, 1,000, U.S.
@@ -217,13 +216,12 @@ def is_right(said: str, answer: str, old: str | None = None) -> bool:
     words, wanted = f" {normal(said)} ", f" {normal(answer)} "
     if not wanted.strip():
         return bool(_words(answer)) and _words(said) == _words(answer)
-    if wanted not in words:
-        return False
     was = f" {normal(old or '')} "
     if was == wanted:
         words, wanted, was = (text.casefold().strip() for text in (said, answer, old or ""))
-        return was == wanted or (wanted in words and was not in words.replace(wanted, " "))
-    if not was.strip():
+    if wanted not in words:
+        return False
+    if not was.strip() or was == wanted:
         return True
     # Where the new answer holds the old one (New York City), the old one counts only if it also stands by itself.
     return was not in (words.replace(wanted, "  ") if was in wanted else words)

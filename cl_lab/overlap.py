@@ -16,7 +16,7 @@ ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ff
 """Kana and ideographs, for a character class: each is a word."""
 _WORDS = re.compile(rf"[{ALONE}]|[^\W_{ALONE}]+")
 _PIECES = re.compile(rf"[{ALONE}]|[^\s{ALONE}]+")
-_ARTICLES = frozenset({"a", "an", "the"})
+ARTICLES = frozenset({"a", "an", "the"})
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -56,7 +56,7 @@ def _folded(text: str) -> str:
 
 
 def _answer_words(text: str) -> list[str]:
-    return [w for w in _PIECES.findall(_folded(text).translate(_NO_PUNCTUATION)) if w not in _ARTICLES]
+    return [w for w in _PIECES.findall(_folded(text).translate(_NO_PUNCTUATION)) if w not in ARTICLES]
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> int:

@@ -510,7 +510,7 @@ class SideMemory(Routed):
         super().__init__(model, site)
         self.changes: dict[int, Tensor] = {}
         self.thresholds: dict[int, float] = {}
-        self.whole = False
+        self.whole, self._newest = False, 0
         self._sketches: Tensor | None = None
         self._made: dict[int, tuple[list[SidePatch], Tensor]] = {}
         self._named: NamedSubjects | None = None

@@ -12,11 +12,21 @@ from torch import Tensor
 def words(text: str) -> str:
     """The words of a text, as they are compared: in lower case, without accents, one blank before and behind each.
 
-    What is neither a letter nor a digit parts words; in scripts that are written without blanks each sign is a word.
+    What is neither a letter, with its marks, nor a digit parts words. In Chinese, Japanese and Korean, where no blank ends a
+    name, each sign is a word.
     """
-    plain = (c for c in unicodedata.normalize("NFKD", text).casefold() if not unicodedata.combining(c))
-    apart = (f" {c} " if unicodedata.east_asian_width(c) == "W" else c if c.isalnum() else " " for c in plain)
-    return f" {' '.join(''.join(apart).split())} "
+    # Accents are put above and below letters; marks of other classes make another letter (か and が, vowels in Hindi).
+    plain = (c for c in unicodedata.normalize("NFKD", text).casefold() if unicodedata.combining(c) < _ACCENTS)
+    return f" {' '.join(''.join(map(_apart, plain)).split())} "
+
+
+_ACCENTS = 200  # the least of Unicode's combining classes that say where a mark is put
+
+
+def _apart(c: str) -> str:
+    if unicodedata.east_asian_width(c) == "W":
+        return f" {c} "
+    return c if c.isalnum() or unicodedata.category(c).startswith("M") else " "
 
 
 class NamedSubjects:

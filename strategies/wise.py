@@ -231,7 +231,7 @@ def place_in_shards(there: Sequence[SidePatch], edits: Sequence[Edit], size: int
 def apart(earlier: Sequence[Edit], there: Sequence[SidePatch], shard: int) -> tuple[list[Edit], list[Edit]]:
     """The ``earlier`` edits, the last of which made the patches ``there``, in order: those of a shard, and the others."""
     mine = [p.shard == shard for p in there for _ in range(_edits_of(p))]
-    mine = [False] * (len(earlier) - len(mine)) + mine
+    mine = ([False] * len(earlier) + mine)[len(mine) :]  # the last of them, and as many as are known
     own = [e for e, is_mine in zip(earlier, mine, strict=True) if is_mine]
     return own, [e for e, is_mine in zip(earlier, mine, strict=True) if not is_mine]
 

@@ -115,6 +115,8 @@ def test_what_does_not_count(text: str, expected: str) -> None:
         ("50", "50%", "50", False),
         ("About 50%.", "50%", "50", True),
         ("50%, not 50", "50%", "50", False),
+        ("50%", "50", "50%", False),
+        ("about 50", "50", "50%", True),
     ],
 )
 def test_right_answers(said: str, answer: str, old: str | None, expected: bool) -> None:

@@ -35,6 +35,12 @@ from cl_lab.subjects import NamedSubjects, words
         ("Москва", "Кто основал город москва?", True),
         ("日本", "日本の首都は", True),
         ("日本", "日光の首都は", False),
+        ("パリ", "パリの市長は", True),
+        ("パリ", "バリの市長は", False),
+        ("호주", "호주의 수도는", True),
+        ("호주", "호준의 수도는", False),
+        ("दिल्ली", "दिल्ली कहाँ है", True),
+        ("दिल्ली", "दल्ला कहाँ है", False),
     ],
 )
 def test_names_by_hand(name: str, text: str, named: bool) -> None:

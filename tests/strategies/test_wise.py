@@ -71,6 +71,8 @@ def test_edits_fill_one_shard_after_another_and_each_has_its_mask(model: Editabl
     again = wise(edits_per_shard=2).propose(model, [EDITS[4]], EDITS[1:4])
     assert isinstance(again, SidePatch)
     assert again.shard not in {a, b}, "a place that came free in an old shard is not filled again"
+    assert apart(EDITS[3:4], patches[1:4], b) == (EDITS[3:4], []), "of fewer edits than were made the last"
+    assert apart([], patches[1:4], b) == ([], [])
     known = apart([EDITS[4], *EDITS[1:4]], patches[1:4], b)
     assert known == (EDITS[2:4], [EDITS[4], EDITS[1]]), "what was edited before by others is no shard's"
 
