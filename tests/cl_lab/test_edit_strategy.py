@@ -17,6 +17,7 @@ from cl_lab import checkpoint, hub, registry
 from cl_lab.answers import find_answers
 from cl_lab.causal_lm import CausalBackbone, VocabularyHead
 from cl_lab.comparison import compare
+from cl_lab.compat import import_torchvision
 from cl_lab.config import RunConfig, parse
 from cl_lab.edit_strategy import EditorStrategy
 from cl_lab.editable import EditableModel
@@ -220,6 +221,7 @@ def test_texts_to_be_read_have_no_prompt(name: str, facts: Path) -> None:
 
 def test_of_a_family_whose_layers_are_not_known(facts: Path) -> None:
     """Answers are then read one after another; the routes of each are the prompt's."""
+    import_torchvision()
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)

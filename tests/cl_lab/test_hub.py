@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from cl_lab import cli, hub
+from cl_lab.compat import import_torchvision
 from cl_lab.errors import ConfigError, DataError, UserError
 
 TEMPLATE = (
@@ -180,6 +181,7 @@ def test_a_model_that_makes_its_logits_in_its_own_way_is_told(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scaled model is read where its scaling is known; where it were not, it would be refused, and not be wrong."""
+    import_torchvision()
     from transformers import GraniteConfig, GraniteForCausalLM
 
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}

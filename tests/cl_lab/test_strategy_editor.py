@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from cl_lab import hub, knobs, registry, seeding
 from cl_lab.chain import Chain
 from cl_lab.cli import app
+from cl_lab.compat import import_torchvision
 from cl_lab.editable import EditableModel
 from cl_lab.editing import score_facts
 from cl_lab.errors import ConfigError, EditError, PluginError
@@ -183,6 +184,7 @@ def test_factors_of_low_rank_are_as_few_as_can_be() -> None:
 
 
 def test_a_gpt2() -> None:
+    import_torchvision()
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
