@@ -80,7 +80,8 @@ def save(folder: Path, step: int, state: State, keep: int, *, suffix: str = "") 
         temporary.mkdir(parents=True)
         file = temporary / "tensors.safetensors"
         save_file(_apart(tensors), file)
-        body = json.dumps({"tensors_sha256": _sha256(file), "values": values}, sort_keys=True)
+        content = {"tensors_sha256": _sha256(file), "values": values, "channels_last": _channels_last(tensors)}
+        body = json.dumps(content, sort_keys=True)
         document = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body})
         (temporary / "state.json").write_text(document)
         for name in ("tensors.safetensors", "state.json"):
@@ -144,7 +145,10 @@ def read(path: Path) -> State:
         file = path / "tensors.safetensors"
         if _sha256(file) != content["tensors_sha256"]:
             raise CheckpointError(f"checkpoint {path} is damaged: tensors.safetensors does not match its hash")
-        return unflatten({name: _aligned(value) for name, value in load_file(file).items()}, content["values"])
+        tensors = {name: _aligned(value) for name, value in load_file(file).items()}
+        for name in content.get("channels_last", ()):
+            tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+        return unflatten(tensors, content["values"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {type(error).__name__}: {error}") from error
 
@@ -202,6 +206,15 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         taken.add(value.untyped_storage().data_ptr())
         made[name] = value
     return made
+
+
+def _channels_last(tensors: dict[str, Tensor]) -> list[str]:
+    """Which lie with the channel innermost: they come back so, since sums in another order round otherwise."""
+    return [
+        name
+        for name, value in tensors.items()
+        if value.dim() == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
+    ]
 
 
 _ALIGNMENT = 64

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cl_lab.files import cache_root
-from cl_lab.models import Classifier
+from cl_lab.models import Classifier, channels_last
 from cl_lab.records import Experience, Stream, TensorData
 
 log = logging.getLogger("cl_lab")
@@ -38,9 +38,7 @@ def put_through(stream: Stream, model: Classifier, stage: str, *, keep: bool, de
     """
     frozen = copy.deepcopy(model).to(device).eval()
     if len(stream.input_shape) == 3:
-        for p in frozen.parameters():
-            if p.dim() == 4:  # half as fast again on a CPU
-                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        channels_last(frozen)
     lower = frozen.split(stage)
     model.remove_below(stage)
     cache = LatentCache(cache_root() / "latents", _what_decides(frozen, lower, stream)) if keep else None

@@ -25,7 +25,7 @@ from cl_lab.answers import grade_answers
 from cl_lab.compat import compile_nothing_for_deepspeed
 from cl_lab.config import EngineConfig, TrainingConfig
 from cl_lab.errors import ConfigError, DataError, TrainingError
-from cl_lab.models import Classifier, GrowingHead, matching
+from cl_lab.models import Classifier, GrowingHead, channels_last, matching
 from cl_lab.records import PAD, Batch, State, Stream, TensorData
 from cl_lab.seeding import generator
 
@@ -138,6 +138,8 @@ class EngineLearner:
         self._regression = stream.objective == "regression"
         # Where DeepSpeed keeps fp32 values and optimiser state apart from the module's own tensors.
         self._apart = engine.deepspeed and engine.zero > 0
+        if self.device.type == "cpu" and not engine.deepspeed:  # which lays parameters out anew, as one flat tensor
+            channels_last(model)
         # DeepSpeed partitions a module in place; each engine gets a copy of this one.
         self._template = model if not engine.deepspeed else copy.deepcopy(model)
         self._plain = model
@@ -756,7 +758,7 @@ class EngineLearner:
                 entry = state.get(name)
                 if isinstance(entry, dict):
                     inner.state[p] = {
-                        k: v.clone() if k == "step" else v.to(p.device, p.dtype).clone()
+                        k: v.clone() if k == "step" else _laid_out_as(p, v)
                         for k, v in entry.items()
                         if isinstance(v, Tensor)
                     }
@@ -800,6 +802,13 @@ def _answer_loss(outputs: Tensor, answers: Tensor) -> Tensor:
     answers = answers[:, : outputs.shape[1]]
     each = F.cross_entropy(outputs.transpose(1, 2), answers, ignore_index=PAD, reduction="none")
     return each.sum(1) / (answers != PAD).sum(1)
+
+
+def _laid_out_as(p: Tensor, value: Tensor) -> Tensor:
+    """A copy of ``value`` for ``p``, in its layout where it has its shape: fused optimisers go through both by address."""
+    if value.shape != p.shape:
+        return value.to(p.device, p.dtype).clone()
+    return torch.empty_like(p).copy_(value)
 
 
 def _normalisation(stream: Stream, device: torch.device) -> tuple[Tensor, Tensor] | None:
