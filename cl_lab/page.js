@@ -244,6 +244,7 @@ function takeQuestion(prompt) {
 function asked() {
   const fact = { prompt: $("prompt").value.trim(), answer: $("new-answer").value.trim() };
   if ($("subject").value.trim()) fact.subject = $("subject").value.trim();
+  if (lines("aliases").length) fact.aliases = lines("aliases");
   if (lines("paraphrases").length) fact.paraphrases = lines("paraphrases");
   if (lines("unrelated").length) fact.unrelated = lines("unrelated").map((prompt) => ({ prompt }));
   return { facts: [fact], chat: $("chat").checked };
@@ -473,7 +474,7 @@ function makeRow(edit) {
 function detailsOf({ facts, patch, events }) {
   const pair = (name, ...content) => [make("dt", { text: name }), make("dd", {}, ...content)];
   const value = (v) => (Array.isArray(v) ? v.map((one) => make("div", {}, ...value(one))) : [said(typeof v === "object" ? v.prompt + (v.answer ? ` → ${v.answer}` : "") : v)]);
-  const names = { prompt: "question", answer: "new answer", paraphrases: "in other words", unrelated: "must not change" };
+  const names = { prompt: "question", answer: "new answer", aliases: "also called", paraphrases: "in other words", unrelated: "must not change" };
   const size = patch.bytes < 1e5 ? `${(patch.bytes / 1e3).toFixed(1)} kB` : `${(patch.bytes / 1e6).toFixed(1)} MB`;
   const about = [pair("patch", `${patch.kind} by ${patch.editor}, ${size}, `, make("code", { title: events[0].digest, text: events[0].digest.slice(0, 12) }))];
   for (const [name, note] of Object.entries(patch.notes ?? {})) about.push(pair(name, typeof note === "number" ? String(+note.toPrecision(4)) : said(typeof note === "string" ? note : JSON.stringify(note))));

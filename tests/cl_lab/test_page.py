@@ -130,6 +130,8 @@ def test_a_wrong_answer_is_corrected_and_the_correction_undone_by_keyboard(brows
         page.keyboard.type("Lima")
         page.keyboard.press("Tab")
         page.keyboard.press("Tab")
+        page.keyboard.type("Republic of Peru\nPirú")
+        page.keyboard.press("Tab")
         page.keyboard.type("Peru's capital is\nThe seat of Peru is")
         page.keyboard.press("Tab")
         page.keyboard.type("Where is it?")
@@ -167,6 +169,8 @@ def test_a_wrong_answer_is_corrected_and_the_correction_undone_by_keyboard(brows
         page.keyboard.press("Enter")
         shows(page, "#details-1", "side-memory by wise")
         shows(page, "#details-1", "event 1")
+        shows(page, "#details-1", "also called")
+        shows(page, "#details-1", "Pirú")
         page.keyboard.press("Escape")
         assert page.get_attribute("#edit-1 .open", "aria-expanded") == "false"
 
