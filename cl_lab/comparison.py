@@ -39,12 +39,13 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
         )
     seeds = config.seeds if config.seeds is not None else [config.seed]
     labels = _labels(strategies)
+    slugs = _slugs(labels)
     experiment.check_plugins(config, strategies)
     threads = environment.threads_for(jobs * config.engine.processes, config.engine.threads)
     crossed = [
-        (_single(config, strategy, seed, threads), folder / "runs" / f"{_slug(label)}-seed{seed}", label)
+        (_single(config, strategy, seed, threads), folder / "runs" / f"{slug}-seed{seed}", label)
         for seed in seeds  # all strategies of a seed one after the other: they share the stream in memory
-        for strategy, label in zip(strategies, labels, strict=True)
+        for strategy, label, slug in zip(strategies, labels, slugs, strict=True)
     ]
     if resume:  # or results of other settings would stand in the report under these
         for settings, place, _ in crossed:
@@ -135,5 +136,14 @@ def _labels(strategies: Sequence[StrategyConfig]) -> list[str]:
     return labels
 
 
-def _slug(label: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._+=-]+", "-", label).strip("-") or "strategy"
+def _slugs(labels: Sequence[str]) -> list[str]:
+    """A folder's name for each label: letters and digits of any script stay."""
+    slugs = [re.sub(r"[^\w.+=-]+", "-", label).strip("-") or "strategy" for label in labels]
+    met: dict[str, str] = {}
+    for label, slug in zip(labels, slugs, strict=True):
+        other = met.setdefault(slug.casefold(), label)  # some file systems do not tell capitals apart
+        if other != label:
+            raise ConfigError(
+                f"strategies: '{other}' and '{label}' would share the folder runs/{slug}-seed…; give one another label: …"
+            )
+    return slugs

@@ -114,7 +114,8 @@ class TrainingConfig(_Strict):
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up at the start of each experience")
     milestones: list[_Share] = Field(
-        default_factory=lambda: [0.5, 0.75], description="where 'step' decays, as fractions of the experience"
+        default_factory=lambda: [0.5, 0.75],
+        description="where 'step' decays, as fractions of the experience with its warm-up",
     )
     decay: float = Field(0.1, gt=0, le=1, description="factor of 'step' at each milestone")
     clip_norm: float | None = Field(None, gt=0, description="clip the gradient's global L2 norm to this")

@@ -406,7 +406,11 @@ class _Diagnosed:
         return [[0.0, matrix[j][j]], *points, [1.0, matrix[j + 1][j]]] if points else None
 
     def _ends(self, j: int) -> int | None:
-        """The step, over the whole run, with which experience ``j`` ended; ``None`` where it took none."""
+        """The step, over the whole run, with which experience ``j`` ended; ``None`` where it took none.
+
+        The trainer logs a loss at the last step, whatever ended the experience. Older runs logged none when patience ran
+        out: there the end is the last loss before it.
+        """
         return max((int(p["step"]) for p in self.document["losses"] if p["experience"] == j), default=None)
 
     def _taken(self, j: int) -> int:

@@ -171,7 +171,8 @@ class _Run:
         self.observer = observer
         self.tracker: Any = None
         self._sent: set[str] = set()
-        before = (read_document(folder) or {}) if resume else {}
+        before: dict[str, Any] = (read_document(folder) or {}) if resume else {}
+        self._begun_on = before.get("fingerprint", "")
         self.document: dict[str, Any] = {
             "scenario": config.scenario.name,
             "strategy": self.strategy.name,
@@ -193,7 +194,7 @@ class _Run:
             "losses": [],
             "measures": [],
             "drift": [],
-            "fingerprint": "",
+            "fingerprint": before.get("fingerprint", ""),
             "score": "accuracy",
             "chance": None,
             "encoding": None,
@@ -261,10 +262,8 @@ class _Run:
             for i, s in enumerate(self.strategy.links)
         ]
         chain = Chain(links, [s.name for s in self.strategy.links], stream)
-        if stream.online and c.training.iterations is None and c.training.epochs > 1 and not chain.learns_when_asked:
-            raise ConfigError(
-                f"training.epochs = {c.training.epochs}: an online stream shows each sample once; set it to 1"
-            )
+        if stream.online and not chain.learns_when_asked:
+            _check_one_pass(stream, c.training)
         seeding.seed_everything(seeding.derive(c.seed, "model"))
         spec = registry.create("models", {"name": c.model.name, **c.model.knobs}, "model")
         model, raw = spec.build(stream), stream
@@ -307,6 +306,13 @@ class _Run:
         if found is None:
             log.info("no checkpoint in %s yet; starting from the beginning", folder)
             return
+        now = self.document["fingerprint"]
+        if self._begun_on and self._begun_on != now:
+            self.document["fingerprint"] = self._begun_on  # that of the rows learnt so far
+            raise UserError(
+                f"--resume: '{self.folder}' began on other test data than are there now (fingerprint "
+                f"{self._begun_on[:12]}, now {now[:12]}); bring the old data back, or give another --out"
+            )
         self.document["resumed"] += 1
         trainer.load_state_dict(found[0])
         log.info("resuming from %s", found[1])
@@ -445,6 +451,21 @@ def _open_folder(folder: Path, config: RunConfig, resume: bool) -> None:
         raise UserError(
             f"cannot write to output folder '{folder}': {error.strerror}; choose another with --out"
         ) from error
+
+
+def _check_one_pass(stream: Any, training: Any) -> None:
+    """Raise :class:`ConfigError` where samples of an online stream would be seen twice; a base session may say otherwise."""
+    for e in stream.experiences:
+        t = training.at(e.index)
+        if e.index == 0 and training.first is not None:
+            continue
+        if t.iterations is None and t.epochs > 1:
+            raise ConfigError(f"training.epochs = {t.epochs}: an online stream shows each sample once; set it to 1")
+        if t.iterations is not None and t.iterations > (most := math.ceil(len(e.train) / t.batch_size)):
+            raise ConfigError(
+                f"training.iterations = {t.iterations}: an online stream shows each sample once, and the {len(e.train)} of "
+                f"experience {e.index + 1} make {most} batches of {t.batch_size}; give at most so many, or training.epochs=1"
+            )
 
 
 def check_resumable(folder: Path, config: RunConfig) -> None:

@@ -107,6 +107,10 @@ def warm_up(device: torch.device) -> None:
     optimizer.step()
 
 
+_LABELS = 64
+"""A task with so few answers has labels, however few samples it is tested on."""
+
+
 class Score(NamedTuple):
     """How well a test set is answered, and, where answers are written freely, the share that are answers of their task."""
 
@@ -522,7 +526,14 @@ class EngineLearner:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         table = self._stream.answers
         assert table is not None
-        longest = int((table[data.y] != PAD).sum(1).max())  # what goes on behind the longest right answer is wrong
+        wanted = [data.y]
+        for task in data.t.unique().tolist():
+            classes = self._stream.experiences[task].classes
+            # Behind the longest right answer all is wrong, but it may be another of the task's labels. Whole texts, of
+            # which there are as many as samples, are none.
+            if len(classes) <= max(_LABELS, len(data)):
+                wanted.append(torch.tensor(classes))
+        longest = int((table[torch.cat(wanted)] != PAD).sum(1).max())
         for _, grades, rows in self._answers(data, batch_size, lambda b: grade_answers(b, say, self._stream, longest)):
             if rows is not None:
                 sums += torch.stack([grades.value.sum(), grades.broken.sum(), grades.valid.sum()])

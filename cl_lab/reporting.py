@@ -378,8 +378,9 @@ def write_again(run: Path) -> Path:
 def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
     """A comparison made of run folders and comparison folders, grouped by label.
 
-    A run given twice counts once; two different runs with one label and seed become two strategies, told apart by a
-    number. Raises :class:`UserError` for a folder without runs, a damaged ``run.json``, and runs on several scenarios.
+    Of a comparison those runs are taken that its settings name: others in its folder are of earlier ones. A run given
+    twice counts once; runs with one label that share a seed, or whose settings differ, become two strategies, told apart
+    by a number. Raises :class:`UserError` for a folder without runs, a damaged ``run.json``, and runs on several streams.
     """
     runs: dict[str, dict[str, Any]] = {}
     from cl_lab.results import assemble
@@ -389,7 +390,7 @@ def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
     for path in map(Path, paths):
         folders = [path]
         if (path / "comparison.json").is_file() or (path / "runs").is_dir():
-            folders = run_folders(path)
+            folders = _runs_of(path)
             if not folders:
                 raise UserError(f"comparison '{path}' holds no runs; run cl-lab compare again")
         for folder in folders:
@@ -397,11 +398,12 @@ def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
     scenarios = sorted({str(run["scenario"]) for run in runs.values()})
     if len(scenarios) > 1:
         raise UserError(f"runs on different scenarios cannot be compared: {', '.join(scenarios)}; give runs on one")
-    _check_same_stream(runs.values())
+    _check_same_stream(list(runs.values()))
     groups: dict[str, dict[Any, dict[str, Any]]] = {}
+    meant: dict[str, Any] = {}
     for run in runs.values():
-        label, number = str(run["label"]), 1
-        while run["seed"] in groups.get(label, {}):
+        label, number, settings = str(run["label"]), 1, _what_decides(run)
+        while run["seed"] in groups.get(label, {}) or meant.setdefault(label, settings) != settings:
             number += 1
             label = f"{run['label']} ({number})"
         groups.setdefault(label, {})[run["seed"]] = {**run, "label": label}
@@ -409,7 +411,43 @@ def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
     return assemble(scenarios[0], str(paths[0]) if len(paths) == 1 else "", list(groups), documents)
 
 
-def _check_same_stream(runs: Iterable[Mapping[str, Any]]) -> None:
+def _runs_of(comparison: Path) -> list[Path]:
+    """The folders of the runs that a comparison's settings name; others in its folder are of earlier settings."""
+    from cl_lab.config import label_of, parse
+
+    folders, saved = run_folders(comparison), _saved(comparison)
+    if saved is None:
+        return folders
+    config = parse(saved, str(comparison / "config.yaml"))
+    strategies = config.strategies or ([config.strategy] if config.strategy else [])
+    labels = {label_of(s, strategies) for s in strategies}
+    seeds = config.seeds if config.seeds is not None else [config.seed]
+    runs = {folder: _run_document(folder) for folder in folders}
+    return [folder for folder, run in runs.items() if run["label"] in labels and run["seed"] in seeds]
+
+
+def _saved(folder: Path) -> dict[str, Any] | None:
+    """The settings kept with a run or a comparison; ``None`` where there are none that can be read."""
+    import yaml
+
+    with contextlib.suppress(yaml.YAMLError):
+        saved = yaml.safe_load(_text(folder / "config.yaml") or "")
+        if isinstance(saved, dict):
+            return saved
+    return None
+
+
+def _what_decides(run: Mapping[str, Any]) -> Any:
+    """The settings of a run that its scores depend on, its seed aside; nothing where they were not kept."""
+    saved = _saved(Path(run["path"]))
+    return saved and {key: saved.get(key) for key in ("scenario", "model", "strategy", "training", "evaluation")}
+
+
+_NOT_THE_STREAM = ("data_dir", "order_seed")
+"""Knobs of a scenario that may differ between runs on one stream, as the seed may."""
+
+
+def _check_same_stream(runs: Sequence[Mapping[str, Any]]) -> None:
     """Refuse runs on streams of one name but other knobs (five experiences and ten, class- and task-incremental)."""
     met: dict[Any, tuple[str, Any]] = {}
     for run in runs:
@@ -422,6 +460,16 @@ def _check_same_stream(runs: Iterable[Mapping[str, Any]]) -> None:
             if found != other:
                 raise UserError(
                     f"'{path}' ({other}) and '{run['path']}' ({found}) ran on different streams called "
+                    f"'{run['scenario']}'; give runs on one"
+                )
+    knobs: dict[str, tuple[str, Any]] = {}
+    for run in runs:
+        section = (_saved(Path(run["path"])) or {}).get("scenario")
+        for name, value in section.items() if isinstance(section, dict) else ():
+            path, other = knobs.setdefault(name, (run["path"], value))
+            if value != other and name not in _NOT_THE_STREAM:
+                raise UserError(
+                    f"'{path}' (scenario.{name} = {other}) and '{run['path']}' ({value}) ran on different streams called "
                     f"'{run['scenario']}'; give runs on one"
                 )
 
@@ -515,7 +563,7 @@ def headline(comparison: Mapping[str, Any]) -> str:
         if len(leaders) > 3:
             names = [*names[:2], f"{len(leaders) - 2} more"]
         word = "between" if len(leaders) == 2 else "among"
-        return f"No clear winner {word} {_list(names)} {where}: their 95 % intervals overlap."
+        return f"No clear winner {word} {_list(names)} {where}: their 95 % intervals overlap{_of_one_seed(learners)}."
     compared = f"{best.label} ({_in_words(best)} {average})"
     single = [r.label for r in (best, second) if r.accuracy and r.accuracy.n < 2]
     if single:
@@ -525,8 +573,15 @@ def headline(comparison: Mapping[str, Any]) -> str:
             )
         which = "one seed, no interval" if len(single) == 2 else f"{single[0]} has one seed, no interval"
         return f"{compared} is ahead of {second.label} ({_in_words(second)}) {where}, but {which}: it may be chance."
-    rivals = f"{second.label} ({_in_words(second)})" + (" and the rest" if len(learners) > 2 else "")
-    return f"{compared} clearly beats {rivals} {where}."
+    several = sum(r.accuracy is not None and r.accuracy.n > 1 for r in learners)
+    rivals = f"{second.label} ({_in_words(second)})" + (" and the rest" if several > 2 else "")
+    return f"{compared} clearly beats {rivals} {where}{_of_one_seed(learners)}."
+
+
+def _of_one_seed(learners: Sequence[Row]) -> str:
+    """What a sentence on intervals must add about those that have none."""
+    alone = [f"{r.label} ({_in_words(r)})" for r in learners if r.accuracy and r.accuracy.n < 2]
+    return f"; {_list(alone)} {'has' if len(alone) == 1 else 'have'} one seed and no interval" if alone else ""
 
 
 def findings(comparison: Mapping[str, Any]) -> list[str]:
@@ -1020,7 +1075,7 @@ def _reproduction(
     if environment["commit"]:
         commands.append(f"git checkout {shlex.quote(environment['commit'])}")
     for setting in settings:
-        compare = re.search(r"^strategies:\s*(\n|\[)", setting["text"], re.MULTILINE) is not None
+        compare = re.search(r"^(strategies|seeds):\s*(\n|\[)", setting["text"], re.MULTILINE) is not None
         commands.append(f"cl-lab {'compare' if compare else 'run'} {shlex.quote(setting['path'])}")
     return {"commands": commands, "folder": str(comparison.get("path") or folder)}
 
@@ -1489,31 +1544,46 @@ def _draw_task(axes: Axes, rows: Sequence[Row], j: int) -> None:
 
 
 def _draw_anytime(axes: Axes, rows: Sequence[Row]) -> None:
-    boundaries: set[int] = set()
+    ends: set[float] = set()
     for row in rows:
-        curves: list[dict[int, float]] = []
-        for run in row.done:
-            curve = {}
-            previous = None
-            for point in run.get("anytime") or []:
-                current = int(point.get("experience", 0))
-                scores = [v for v in map(_number, (point.get("accuracies") or [])[: current + 1]) if v is not None]
-                if scores:
-                    curve[int(point.get("step", 0))] = sum(scores) / len(scores)
-                if previous is not None and current != previous:
-                    boundaries.add(int(point.get("step", 0)))
-                previous = current
-            if curve:
-                curves.append(curve)
-        steps = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
-        if steps:
-            _band(axes, row, steps, [[c[s] for c in curves] for s in steps], small=True)
-    if len(boundaries) <= 50:
-        for step in sorted(boundaries):
-            axes.axvline(step, color="#999999", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
+        curves = [curve for run in row.done if (curve := _between(run))]
+        # The k-th evaluation of an experience is the same one in every seed; how long experiences are may differ.
+        places = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
+        if not places:
+            continue
+        steps = [sum(c[p][0] for c in curves) / len(curves) for p in places]
+        _band(axes, row, steps, [[c[p][1] for c in curves] for p in places], small=True)
+        ends |= {x for x, (_, k) in zip(steps[:-1], places, strict=False) if k == math.inf}
+    if len(ends) <= 50:
+        for end in sorted(ends):
+            axes.axvline(end, color="#999999", linewidth=0.8, linestyle=(0, (2, 2)), zorder=0)
     _score_axis(axes, rows[0].score)
     axes.set_xlabel("training steps")
     axes.set_ylabel(rows[0].score.axis)
+
+
+def _between(run: Mapping[str, Any]) -> dict[tuple[int, float], tuple[int, float]]:
+    """``(step, mean score on what was met)`` of a run's evaluations between steps, by experience and number in it.
+
+    The scores after an experience come last in it, at infinity, where its last logged loss says its last step.
+    """
+    found: dict[tuple[int, float], tuple[int, float]] = {}
+
+    def enter(place: tuple[int, float], step: int, scores: Sequence[Any]) -> None:
+        values = [v for v in map(_number, scores[: place[0] + 1]) if v is not None]
+        if values:
+            found[place] = step, sum(values) / len(values)
+
+    counts: dict[int, int] = {}
+    for point in run.get("anytime") or []:
+        current = int(point.get("experience", 0))
+        counts[current] = counts.get(current, 0) + 1
+        enter((current, counts[current]), int(point.get("step", 0)), point.get("accuracies") or [])
+    ends = {int(p.get("experience", 0)): int(p.get("step", 0)) for p in run.get("losses") or []}
+    for current, scores in enumerate(run.get("matrix") or []):
+        if current in ends and counts:
+            enter((current, math.inf), ends[current], scores)
+    return found
 
 
 def _draw_cost(axes: Axes, rows: Sequence[Row], name: str) -> None:

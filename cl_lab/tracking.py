@@ -4,6 +4,8 @@ A :class:`Tracker` sends what happens while it happens, and at the end all that 
 MLflow cannot be reached the run goes on: one warning, ``"pushed": false`` in the folder's ``tracking.json``, and
 :func:`push` sends the folder later. Sending is idempotent: a run that MLflow holds is continued, never duplicated, and
 a point that it holds (a metric at a step) is not sent again. That is how a resumed run goes on under its old run id.
+What sums up a run or a comparison (metrics, cost, means over seeds) can change with no new step: it is sent again where
+MLflow's latest value is another.
 
 This is the only module that imports mlflow, and only when a tracker starts: the import alone takes a second. It never
 touches MLflow's global state (active run, tracking URI), so that threads and processes may each track their own run.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -100,8 +103,9 @@ class Tracker:
         self._tags = {k: str(v) for k, v in (tags or {}).items()}
         self._folder: Path | None = None
         self._client: Any = None
-        self._seen: dict[str, set[int]] = {}
+        self._seen: dict[str, dict[int, tuple[int, float]]] = {}  # by metric and step: time and value
         self._continued = False
+        self._sent: str | None = None  # the stamp of what was sent last
         self._quiet = False
         self._points: list[tuple[str, float, int, int]] = []
         self._flushed = time.monotonic()
@@ -259,8 +263,11 @@ class Tracker:
         for part in _chunks(params, _PARAMS_PER_BATCH):
             self._client.log_batch(self.run_id, params=part)
 
-    def _send_points(self, points: Sequence[tuple[str, float, int, int]]) -> None:
-        """Send metric points ``(key, value, step, time)``, leaving out those that MLflow holds."""
+    def _send_points(self, points: Sequence[tuple[str, float, int, int]], *, latest: bool = False) -> None:
+        """Send metric points ``(key, value, step, time)``, leaving out those that MLflow holds.
+
+        With ``latest`` each becomes the value that MLflow shows, whatever it holds at that step or a later one.
+        """
         if not points or self.run_id is None:
             return
         from mlflow.entities import Metric
@@ -270,10 +277,18 @@ class Tracker:
             key = _key(key)
             if key not in self._seen:
                 history = self._client.get_metric_history(self.run_id, key) if self._continued else []
-                self._seen[key] = {m.step for m in history}
-            if step not in self._seen[key]:
-                self._seen[key].add(step)
-                fresh.append(Metric(key, value, when, step))
+                history = sorted(history, key=lambda m: (m.timestamp, m.value))
+                self._seen[key] = {m.step: (m.timestamp, m.value) for m in history}
+            seen = self._seen[key]
+            if latest:
+                step = max([step, *seen])
+            if step in seen:
+                then, known = seen[step]
+                if not latest or value == known:
+                    continue
+                when = max(when, then + 1)  # of several values at a step MLflow shows that of the latest time
+            seen[step] = (when, value)
+            fresh.append(Metric(key, value, when, step))
         try:
             for part in _chunks(fresh, _METRICS_PER_BATCH):
                 self._client.log_batch(self.run_id, metrics=part)
@@ -297,13 +312,15 @@ class Tracker:
         points, self._points = self._points, []
         self._send_points(points)
         folder = self._folder
+        self._sent = _stamp(folder)  # before reading: what is written meanwhile must count as not sent
         run, comparison = _read_json(folder / "run.json"), _read_json(folder / "comparison.json")
         environment = _read_json(folder / "environment.json")
         self._send_params(_read_config(folder / "config.yaml"))
         if run:
             self._send_points(list(_points_of_run(run)))
+            self._send_points(list(_summary_of_run(run)), latest=True)
         elif comparison:
-            self._send_points(list(_points_of_comparison(comparison)))
+            self._send_points(list(_summary_of_comparison(comparison)), latest=True)
         self._send_tags(_tags_of(run or comparison, environment))
         if run.get("fingerprint"):
             self._send_dataset(str(run.get("scenario", "stream")), str(run["fingerprint"]))
@@ -345,6 +362,7 @@ class Tracker:
             "run_id": self.run_id,
             "parent_run_id": self.parent,
             "pushed": pushed,
+            "sent": self._sent if pushed else None,
             "error": self.error,
         }
         known = read_note(self._folder)
@@ -357,9 +375,9 @@ class Tracker:
 def push(folder: Path, uri: str | None, *, experiment: str | None = None, force: bool = False) -> list[str]:
     """Send an earlier run, or a comparison with all its runs, to ``uri``; returns the ids of the MLflow runs it sent.
 
-    What was sent to ``uri`` before is left alone, so calling twice gives an empty list; a run that was sent in part is
-    completed; ``force`` sends everything again, as new runs. ``experiment`` is by default the one the folder remembers.
-    Raises :class:`UserError` where the folder holds no run, tracking is off, or MLflow cannot be reached.
+    What was sent to ``uri`` before is left alone, so calling twice gives an empty list; a run that was sent in part, or
+    went on since, is completed; ``force`` sends everything again, as new runs. ``experiment`` is by default the one the
+    folder remembers. Raises :class:`UserError` where the folder holds no run, tracking is off, or MLflow cannot be reached.
     """
     folder = Path(folder)
     target = resolve(uri)
@@ -381,10 +399,11 @@ def push(folder: Path, uri: str | None, *, experiment: str | None = None, force:
 def _push_one(
     folder: Path, uri: str, parent: str | None, experiment: str | None, force: bool, sent: list[str]
 ) -> str | None:
-    """Send one folder unless it is there; appends to ``sent`` and returns its run id."""
+    """Send one folder unless it is there as it is now; appends to ``sent`` and returns its run id."""
     note = read_note(folder)
     here = note.get("uri") == without_password(uri)
-    if here and note.get("pushed") and not force:
+    # Notes of older versions have no stamp: whether such a run went on is unknown, and sending it again harmless.
+    if here and note.get("pushed") and note.get("sent") == _stamp(folder) and not force:
         return str(note["run_id"])
     if parent is None and here:
         parent = note.get("parent_run_id")
@@ -484,9 +503,8 @@ def _score_key(score: str) -> str:
 
 
 def _points_of_run(run: Mapping[str, Any]) -> Iterator[tuple[str, float, int, int]]:
-    """Every point of a run document: matrix, losses, anytime curve, summary metrics and cost."""
+    """The points of a run document that belong to one step for good: matrix, losses, anytime curve and the like."""
     when = _milliseconds(run.get("finished"))
-    last = max(len(run.get("matrix") or []) - 1, 0)
     rows: list[tuple[str, Any, int]] = []
     key = _score_key(_score_of(run))
     rows += [(f"initial_{key}/exp_{j}", v, 0) for j, v in enumerate(run.get("initial") or [])]
@@ -500,14 +518,22 @@ def _points_of_run(run: Mapping[str, Any]) -> Iterator[tuple[str, float, int, in
         rows.append(("loss", point.get("loss"), point.get("step", 0)))
     for point in run.get("anytime") or []:
         rows += [(f"anytime/exp_{j}", v, point.get("step", 0)) for j, v in enumerate(point.get("accuracies") or [])]
-    rows += [(name, v, last) for name, v in (run.get("metrics") or {}).items()]
-    rows += [(f"cost/{name}", v, last) for name, v in (run.get("cost") or {}).items()]
     for key, value, step in rows:
         if _is_number(value):
             yield key, float(value), int(step), when
 
 
-def _points_of_comparison(comparison: Mapping[str, Any]) -> Iterator[tuple[str, float, int, int]]:
+def _summary_of_run(run: Mapping[str, Any]) -> Iterator[tuple[str, float, int, int]]:
+    """Metrics and cost of a run document, at its last row."""
+    when = _milliseconds(run.get("finished"))
+    last = max(len(run.get("matrix") or []) - 1, 0)
+    for group, prefix in (("metrics", ""), ("cost", "cost/")):
+        for name, value in (run.get(group) or {}).items():
+            if _is_number(value):
+                yield f"{prefix}{name}", float(value), last, when
+
+
+def _summary_of_comparison(comparison: Mapping[str, Any]) -> Iterator[tuple[str, float, int, int]]:
     """The means over seeds, as ``<metric>/<strategy>``: MLflow's chart of the parent run then compares strategies."""
     when = _milliseconds()
     for row in comparison.get("rows") or []:
@@ -690,6 +716,14 @@ def _patiently(action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def without_password(text: str) -> str:
     """``text`` with the password in every ``scheme://user:password@host`` blotted out, fit to be kept and shown."""
     return re.sub(r"(://[^\s:/@]*):[^\s/@]*@", r"\1:***@", text)
+
+
+def _stamp(folder: Path) -> str | None:
+    """The SHA-256 of the folder's document, which is written anew whenever its run goes on; ``None`` without one."""
+    for name in ("run.json", "comparison.json"):
+        with contextlib.suppress(OSError):
+            return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

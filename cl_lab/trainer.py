@@ -243,8 +243,10 @@ class Trainer:
             self.record.samples += batch.current
             if position.step % self._check_every == 0 or position.step in (per_epoch, total):
                 self._check(running, experience, step, per_epoch)
+            stops = t.patience is not None and position.step % per_epoch == 0 and self._out_of_patience(held)
             loss = None
-            if position.step % log_every == 0 or position.step == total:
+            # An experience's last step is always logged: its point says how many steps it took.
+            if position.step % log_every == 0 or position.step == total or stops:
                 loss = self._mean_over_ranks(running) / counted
                 loss += self.strategy.penalty(learner)
                 self.record.losses.append(
@@ -258,7 +260,7 @@ class Trainer:
                 running, counted = torch.zeros((), device=learner.device), 0
                 position.loss_sum, position.loss_steps = running, counted
             self.observer.stepped(experience, position.step, loss)
-            if t.patience is not None and position.step % per_epoch == 0 and self._out_of_patience(held):
+            if stops:
                 break
             self._between_steps(experience, position.step == total)
         if self._best:
@@ -451,17 +453,28 @@ class Trainer:
         return held[1]
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        """Count the block's time under ``name``; evaluations and saves inside a training block do not count as training."""
-        others = self.record.eval_seconds + self._save_seconds
-        start = time.perf_counter()
+    def _timed(self, name: str | None) -> Iterator[None]:
+        """Count the block's time under ``name``, not under that of the block around it; ``None`` counts it nowhere.
+
+        The time of the block around it so far is in the record when this one begins.
+        """
+        self._charge()
+        outer, self._timing = self._timing, name
         try:
             yield
         finally:
-            inner = self.record.eval_seconds + self._save_seconds - others
-            setattr(self.record, name, getattr(self.record, name) + time.perf_counter() - start - inner)
+            self._charge()
+            self._timing = outer
 
-    _save_seconds = 0.0
+    def _charge(self) -> None:
+        """Add the time since the last call to what is being timed."""
+        now = time.perf_counter()
+        if self._timing is not None:
+            setattr(self.record, self._timing, getattr(self.record, self._timing) + now - self._charged)
+        self._charged = now
+
+    _timing: str | None = None
+    _charged = 0.0
 
     # --- survival -----------------------------------------------------------------------------------------------
 
@@ -504,26 +517,22 @@ class Trainer:
     def _save(self) -> Path | None:
         if self.checkpoints is None:
             return None
-        start = time.perf_counter()
-        state = self.state_dict()  # every rank takes part: ZeRO gathers what it has sharded
-        path = None
-        if self.learner.rank == 0:
+        with self._timed(None):  # inside an experience, what is saved holds its time so far
+            state = self.state_dict()  # every rank takes part: ZeRO gathers what it has sharded
+            if self.learner.rank != 0:
+                return None
             suffix = f"-{self._position.experience:05d}"
-            path = checkpoint.save(
+            return checkpoint.save(
                 self.checkpoints, self.record.steps, state, self.config.checkpoint.keep, suffix=suffix
             )
-        self._save_seconds += time.perf_counter() - start
-        return path
 
     def _keep_weights(self, learnt: int) -> None:
         """Write the weights after ``learnt`` experiences, where they are wanted."""
         if self.weights is None:
             return
-        start = time.perf_counter()
         weights = self.learner.learnt()  # every rank takes part: ZeRO gathers what it has sharded
         if self.learner.rank == 0:
             checkpoint.save_weights(self.weights / f"{learnt}.safetensors", weights)
-        self._save_seconds += time.perf_counter() - start
 
     # --- counting -----------------------------------------------------------------------------------------------
 
@@ -545,13 +554,13 @@ def learning_rate(t: TrainingConfig, step: int, total: int) -> float:
     """The learning rate of ``step`` (from 0) of an experience of ``total`` steps; a pure function, never saved."""
     if step < t.warmup_steps:
         return t.lr * (step + 1) / t.warmup_steps
+    if t.schedule == "step":  # milestones are of the whole experience; those that the warm-up passed decay behind it
+        return t.lr * math.prod(t.decay for milestone in t.milestones if step / total >= milestone)
     done = (step - t.warmup_steps) / max(1, total - t.warmup_steps)
     if t.schedule == "cosine":
         return t.lr * (1 + math.cos(math.pi * done)) / 2
     if t.schedule == "linear":
         return t.lr * (1 - done)
-    if t.schedule == "step":
-        return t.lr * math.prod(t.decay for milestone in t.milestones if done >= milestone)
     return t.lr
 
 

@@ -204,7 +204,8 @@ class _Split(_Images):
     # -- thinning, ordering, exchanging ----------------------------------------------------------------------------
 
     def _arranged(self, images: ImageSet, plans: list[_Plan], order_seed: int, seed: int) -> list[_Plan]:
-        plans = [self._thinned(images, plan, i, seed) for i, plan in enumerate(plans)]
+        labels = images.train_y[torch.cat([plan.rows["train"] for plan in plans])].unique()
+        plans = [self._thinned(images, plan, labels, i, seed) for i, plan in enumerate(plans)]
         if self._cuts_samples():
             plans = [*plans[:-1], *self._pieces(images, plans[-1], order_seed)]
         if self.blurry:
@@ -212,11 +213,13 @@ class _Split(_Images):
             plans = [*plans[:base], *self._blurred(images, plans[base:], seed)]
         return plans
 
-    def _thinned(self, images: ImageSet, plan: _Plan, index: int, seed: int) -> _Plan:
+    def _thinned(self, images: ImageSet, plan: _Plan, classes: Tensor, index: int, seed: int) -> _Plan:
+        """``plan`` with fewer training samples; ``classes``, in natural order, are all that the stream has."""
         rows = plan.rows["train"]
         if self.imbalance < 1:
             labels = images.train_y[rows]
-            counts = _orders.long_tail(torch.bincount(labels, minlength=images.n_classes), self.imbalance)
+            counts = torch.bincount(labels, minlength=images.n_classes)
+            counts[classes] = _orders.long_tail(counts[classes], self.imbalance)
             rows = _orders.keep_counts(rows, labels, counts, generator(seed, "imbalance", index))
         if self.shots is not None and index > 0:
             counts = torch.full((images.n_classes,), self.shots)

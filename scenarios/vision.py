@@ -9,7 +9,7 @@ seed only. Each experience indexes (and permutes, rotates, pads) its images when
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -257,6 +257,11 @@ class CORe50(_Split):
     def images(self) -> ImageSet:
         """The whole set. Raises :class:`~cl_lab.errors.DataError` where it is absent or damaged."""
         return _sources.load(self.source, self.data_dir, self.pixels)
+
+    def _complaints(self) -> Iterator[tuple[str, str]]:
+        yield from super()._complaints()
+        if self.shuffle_classes and not self._by_class():
+            yield "shuffle_classes", "incremental = 'domain' keeps the sessions' order; use incremental=class"
 
     def _by_class(self) -> bool:
         return self.incremental != "domain"

@@ -303,6 +303,15 @@ def test_exact_scores_are_shares_of_right_answers() -> None:
         assert score == (right / 39, 0.0 if not right else 1.0)
 
 
+def test_a_label_longer_than_all_that_are_right_is_a_valid_answer() -> None:
+    on = toys.stream(form="texts")
+    made = toys.trainer([{"name": "naive"}], on, model={"name": "causal-lm", "weights": "tiny"})
+    data = on.experiences[0].test
+    short = data.take((data.y == 1).nonzero().squeeze(1))
+    for said, score in (([11, 1], (1.0, 1.0)), ([10, 9, 1], (0.0, 1.0)), ([10, 9, 9], (0.0, 0.0))):
+        assert made.learner.score(short, 16, saying(said)) == score
+
+
 def test_comparing_needs_references_and_a_tokenizer() -> None:
     on = compared("f1", "f1")
     for lacking in ({"references": ()}, {"tokenizer": None}, {"measures": ("f1",)}, {"scoring": "opening"}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,33 @@ def test_runs_set_aside_stay_out_of_the_report(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["naive-seed0", "naive-seed0.old-1"]
     assert [p.name for p in run_folders(tmp_path)] == ["naive-seed0"]
     assert [row["strategy"] for row in from_runs([tmp_path])["rows"]] == ["naive"]
+
+
+def test_labels_of_any_script_have_folders_of_their_own(tmp_path: Path) -> None:
+    compare(settings(strategies=[{"name": "naive", "label": "基线"}, {"name": "joint", "label": "a, b/c"}]), tmp_path)
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["a-b-c-seed0", "基线-seed0"]
+    assert [row["strategy"] for row in from_runs([tmp_path])["rows"]] == ["a, b/c", "基线"]
+
+
+def test_labels_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
+    two = [{"name": "naive", "label": "ER (500)"}, {"name": "joint", "label": "er-500"}]
+    with pytest.raises(ConfigError, match=r"'ER \(500\)' and 'er-500' would share the folder runs/er-500-seed"):
+        compare(settings(strategies=two), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_on_other_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cl_lab.records import Stream
+
+    run(settings(), tmp_path)
+    document = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**document, "status": "interrupted"}))
+    with monkeypatch.context() as other:
+        other.setattr(Stream, "fingerprint", lambda self: "f" * 64)
+        for _ in range(2):
+            with pytest.raises(UserError, match=rf"other test data .*{document['fingerprint'][:12]}, now ffffffffffff"):
+                run(settings(), tmp_path, resume=True)
+    assert run(settings(), tmp_path, resume=True)["matrix"] == document["matrix"]
 
 
 def test_a_plugin_that_raises_costs_only_its_own_run(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from cl_lab import checkpoint, diagnosis, experiment, registry, reporting
 from cl_lab.adapters import AdaptedLayer, LowRank
 from cl_lab.errors import CheckpointError, ConfigError, TrainingError, UserError
 from cl_lab.records import Batch
+from cl_lab.trainer import Silent
 
 KEPT = {"experiences": True}
 
@@ -160,6 +161,29 @@ def test_steps_and_settings(tmp_path: Path) -> None:
     assert found["rows"] == {"a": 60, "b": 40}
     with pytest.raises(TrainingError, match=r"with lr=1e\+30; give a lower --lr"):
         diagnosis.diagnose(folder, lr=1e30)
+
+
+def test_steps_of_a_run_that_patience_ended(tmp_path: Path) -> None:
+    """Shares of the steps are of those that were taken, not of those up to a log point."""
+    folder, taken = tmp_path / "run", [0, 0, 0]
+
+    class Heard(Silent):
+        def stepped(self, experience: Any, step: int, loss: float | None) -> None:
+            taken[experience.index] = step
+
+    training = {"epochs": 2000, "validation": 0.25, "patience": 2, "lr": 0.5}  # a loss each 200 steps
+    scenario = {"name": f"{toys.__file__}:Toy", "experiences": 3}
+    config = toys.config(scenario=scenario, checkpoint=KEPT, training=training, evaluation={"every_steps": 1})
+    document = experiment.run(config, folder, observer=Heard())
+    assert all(0 < n < 200 for n in taken)
+    for task, n in zip(diagnosis.diagnose(folder)["tasks"], taken[1:], strict=True):
+        assert [share for share, _ in task["first_steps"]] == [k / n for k in range(n + 1)]
+    run = diagnosis._Diagnosed(folder)
+    assert [run._taken(j) for j in range(3)] == taken
+
+    # As a run from before the last step was always logged.
+    (folder / "run.json").write_text(json.dumps(document | {"losses": []}))
+    assert [task["first_steps"] for task in diagnosis.diagnose(folder)["tasks"]] == [None, None]
 
 
 # --- halves -------------------------------------------------------------------------------------------------------------

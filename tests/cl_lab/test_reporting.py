@@ -336,6 +336,40 @@ def test_clear_winner() -> None:
     assert "chance" not in told
 
 
+def test_one_seed_is_neither_beaten_nor_passed_over() -> None:
+    above, below = made_up_row("c", [0.79]), made_up_row("b", [0.801, 0.799, 0.8])
+    text = headline(made_up_comparison(made_up_row("a", [0.901, 0.899, 0.9]), below, above))
+    assert "a (90.0 % ± 0.2 average accuracy) clearly beats b (80.0 % ± 0.2) on split-digits; c (79.0 %" in text
+    assert text.endswith("has one seed and no interval.")
+    assert "the rest" not in text
+    unclear = made_up_comparison(made_up_row("a", [0.8, 0.9, 0.85]), above, made_up_row("b", [0.79, 0.89, 0.83]))
+    assert re.search(r"between a .* and b .* overlap; c .* has one seed and no interval\.$", headline(unclear))
+
+
+def test_the_curve_between_steps_has_all_that_every_seed_has() -> None:
+    """Experiences of 18 and of 20 steps, scored every 8: the k-th score of each stands beside the k-th."""
+    from matplotlib.figure import Figure
+
+    from cl_lab.reporting import _draw_anytime, _rows
+
+    runs = []
+    for seed, steps in enumerate((18, 20)):
+        curve = [
+            {"step": steps * i + k, "experience": i, "accuracies": [0.1 * (i + 1), 0.3]}
+            for i in (0, 1)
+            for k in (8, 16)
+        ]
+        losses = [{"step": steps * (i + 1), "experience": i, "epoch": 0, "loss": 1.0} for i in (0, 1)]
+        run = made_up_run("a", seed, n=2)
+        runs.append({**run, "anytime": curve, "losses": losses, "matrix": [[0.5, 0.0], [0.25, 0.75]]})
+    axes = Figure().subplots()
+    _draw_anytime(axes, _rows(made_up_comparison(runs)))
+    line, end = axes.lines[0], axes.lines[-1]
+    assert list(line.get_xdata()) == [8, 16, 19, 27, 35, 38]
+    assert list(line.get_ydata()) == pytest.approx([10, 10, 50, 25, 25, 50])
+    assert list(end.get_xdata()) == [19, 19], "where the first experience ends"
+
+
 def test_overlap_is_no_winner() -> None:
     text = headline(
         made_up_comparison(
@@ -437,6 +471,22 @@ def test_from_runs_tells_namesakes_apart(tmp_path: Path) -> None:
         ("ewc", [0, 1]),
         ("ewc (2)", [0]),
     ]
+
+
+def test_from_runs_takes_what_a_comparison_names(tmp_path: Path) -> None:
+    """Runs of seeds or strategies that it had before stay in its folder and out of its report."""
+    save_runs(tmp_path, [made_up_run(label, s) for label in ("naive", "ewc", "old") for s in range(3)])
+    (tmp_path / "config.yaml").write_text(
+        "scenario: split-digits\nstrategies: [naive, {name: ewc, strength: 3}]\nseeds: [0]\n"
+    )
+    found = from_runs([tmp_path])
+    assert [(r["strategy"], r["seeds"]) for r in found["rows"]] == [("ewc", [0]), ("naive", [0])]
+
+
+def test_from_runs_averages_no_two_settings(tmp_path: Path) -> None:
+    paths = save_runs(tmp_path, [made_up_run("ewc", s) for s in range(3)])
+    (paths[1] / "config.yaml").write_text("scenario: split-digits\nstrategy: ewc\ntraining: {epochs: 7}\n")
+    assert [(r["strategy"], r["seeds"]) for r in from_runs(paths)["rows"]] == [("ewc", [0, 2]), ("ewc (2)", [1])]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -86,17 +87,17 @@ def save_run(
     return run
 
 
-def save_comparison(folder: Path) -> None:
+def save_comparison(folder: Path, *, mean: float = 0.6) -> None:
     runs = [save_run(folder / "runs" / f"ewc-seed{s}", seed=s, status="failed" if s else "finished") for s in range(2)]
     row = {"strategy": "ewc (λ)", "seeds": [0, 1], "runs": runs, "reference": False}
-    row["metrics"] = {"average_accuracy": {"mean": 0.6, "std": 0.0, "ci95": [0.6, 0.6]}}
+    row["metrics"] = {"average_accuracy": {"mean": mean, "std": 0.0, "ci95": [mean, mean]}}
     row["cost"] = {"train_seconds": {"mean": 1.5}}
     (folder / "comparison.json").write_text(
         json.dumps({"scenario": "split-digits", "path": str(folder), "rows": [row]})
     )
     (folder / "config.yaml").write_text("seeds: [0, 1]\n")
     (folder / "report.html").write_text("<p>report</p>")
-    (folder / "report_files").mkdir()
+    (folder / "report_files").mkdir(exist_ok=True)
     (folder / "report_files" / "average.svg").write_text("<svg/>")
 
 
@@ -155,6 +156,7 @@ def test_a_run_is_all_there(store: str, tmp_path: Path) -> None:
         "run_id": run_id,
         "parent_run_id": None,
         "pushed": True,
+        "sent": hashlib.sha256((tmp_path / "run.json").read_bytes()).hexdigest(),
         "error": None,
     }
 
@@ -217,6 +219,50 @@ def test_a_comparison_has_children(store: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mean", [0.7, 0.5])
+def test_a_resumed_comparison_shows_its_new_means(store: str, tmp_path: Path, mean: float) -> None:
+    def send() -> str:
+        tracker = Tracker.open(store, "new means", name="compare")
+        run_id = tracker.start_run(tmp_path)
+        tracker.finish()
+        assert run_id
+        return run_id
+
+    def history(key: str) -> list[float]:
+        return [m.value for m in client(store).get_metric_history(run_id, key)]
+
+    save_comparison(tmp_path)
+    run_id = send()
+    save_comparison(tmp_path, mean=mean)
+    assert send() == run_id
+    key, same = "average_accuracy/ewc _λ_", "cost/train_seconds/ewc _λ_"
+    assert client(store).get_run(run_id).data.metrics[key] == mean
+    send()
+    assert sorted(history(key)) == sorted([0.6, mean]), "sent once"
+    assert history(same) == [1.5], "what has not changed is not sent again"
+    save_comparison(tmp_path)
+    send()
+    assert client(store).get_run(run_id).data.metrics[key] == 0.6, "back to what was sent first"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [3, 2])
+def test_the_latest_summary_of_a_run_is_the_folders(store: str, tmp_path: Path, rows: int) -> None:
+    """Also where a resumed run has as many rows as before, or fewer: its checkpoint may be older than its last row."""
+    document = save_run(tmp_path)
+    (run_id,) = push(tmp_path, store, experiment="summary")
+    matrix, metrics = document["matrix"][:rows], {"average_accuracy": 0.55}
+    save_run(tmp_path, status="interrupted", matrix=matrix, metrics=metrics, cost={"train_seconds": 1.25})
+    tracker = Tracker.open(store, "summary")
+    assert tracker.start_run(tmp_path) == run_id
+    tracker.finish()
+    tracker.finish()
+    found = client(store).get_run(run_id).data.metrics
+    assert (found["average_accuracy"], found["cost/train_seconds"]) == (0.55, 1.25)
+    assert len(client(store).get_metric_history(run_id, "average_accuracy")) == 2
+
+
+@pytest.mark.slow
 def test_unreachable_server_costs_a_warning_and_the_run_is_pushed_later(
     store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -270,6 +316,44 @@ def test_push_a_comparison_once_and_complete_what_was_sent_in_part(store: str, t
     assert push(child, store) == [note["run_id"]]
     assert len(client(store).get_metric_history(note["run_id"], "loss")) == 1200
     assert client(store).get_run(note["run_id"]).data.tags["mlflow.parentRunId"] == parent
+
+
+@pytest.mark.slow
+def test_push_sends_a_run_that_went_on_after_it_was_sent(store: str, tmp_path: Path) -> None:
+    tracker = Tracker.open(store, "went on")
+    run_id = tracker.start_run(tmp_path)
+    save_run(tmp_path, status="interrupted")
+    tracker.finish()
+    assert read_note(tmp_path)["pushed"] is True
+    assert push(tmp_path, store) == []
+
+    save_run(tmp_path, resumed=1, finished="2025-11-20T11:00:00+00:00")  # with tracking off
+    assert push(tmp_path, store) == [run_id]
+    run = client(store).get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["cl_lab.resumed"] == "1"
+    history = client(store).get_metric_history(run_id, "accuracy/exp_0")
+    assert [(m.step, m.value) for m in history] == [(0, 0.9), (1, 0.5), (2, 0.3)]
+    assert push(tmp_path, store) == []
+    assert len(runs_of(store, "went on")) == 1
+
+    note = read_note(tmp_path)
+    del note["sent"]  # as older versions wrote it
+    (tmp_path / "tracking.json").write_text(json.dumps(note))
+    assert push(tmp_path, store) == [run_id]
+    assert push(tmp_path, store) == []
+
+
+@pytest.mark.slow
+def test_push_sends_what_went_on_in_a_comparison(store: str, tmp_path: Path) -> None:
+    save_comparison(tmp_path)
+    parent, _, failed = push(tmp_path, store, experiment="resumed comparison")
+    save_comparison(tmp_path, mean=0.7)
+    save_run(tmp_path / "runs" / "ewc-seed1", seed=1, resumed=1)
+    assert push(tmp_path, store) == [parent, failed]
+    assert client(store).get_run(parent).data.metrics["average_accuracy/ewc _λ_"] == 0.7
+    assert client(store).get_run(failed).info.status == "FINISHED"
+    assert push(tmp_path, store) == []
 
 
 @pytest.mark.slow

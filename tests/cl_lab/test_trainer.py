@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import toys
 from torch import nn
 
+from cl_lab import checkpoint
 from cl_lab.compat import use_freed_memory_again
 from cl_lab.config import TrainingConfig
 from cl_lab.errors import TrainingError
-from cl_lab.records import TensorData
-from cl_lab.trainer import Record, learning_rate
+from cl_lab.records import Experience, TensorData
+from cl_lab.trainer import Record, Silent, Trainer, learning_rate
 
 NAIVE = [{"name": "naive"}]
 
@@ -78,11 +84,20 @@ def test_forgetting_of_a_linear_model_is_exact() -> None:
         ({"schedule": "cosine"}, [0.5 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]),
         ({"schedule": "step", "milestones": [0.5], "decay": 0.1}, [0.5, 0.5, 0.05, 0.05]),
         ({"schedule": "constant", "warmup_steps": 2}, [0.25, 0.5, 0.5, 0.5]),
+        ({"schedule": "step", "warmup_steps": 1, "milestones": [0.5]}, [0.5, 0.5, 0.05, 0.05]),
+        ({"schedule": "step", "warmup_steps": 2, "milestones": [0.25, 0.75]}, [0.25, 0.5, 0.05, 0.005]),
+        ({"schedule": "linear", "warmup_steps": 2}, [0.25, 0.5, 0.5, 0.25]),
     ],
 )
 def test_learning_rate(settings: dict[str, object], expected: list[float]) -> None:
     t = TrainingConfig.model_validate({"lr": 0.5, **settings})
     assert [learning_rate(t, step, 4) for step in range(4)] == pytest.approx(expected)
+
+
+def test_milestones_are_fractions_of_the_whole_experience() -> None:
+    t = TrainingConfig(lr=0.5, schedule="step", warmup_steps=100, milestones=[0.6], decay=0.1)
+    rates = [learning_rate(t, step, 200) for step in range(200)]
+    assert rates[99:] == pytest.approx([0.5] * 21 + [0.05] * 80), "warmed up by step 99, decayed from step 120 on"
 
 
 def test_pieces_of_a_batch_add_up() -> None:
@@ -136,6 +151,33 @@ def test_early_stopping_takes_the_best_epoch_and_never_the_test_set() -> None:
     assert len(validated) == record.steps // 5, "one look per epoch"
     assert len([n for n in scored if n == 40]) == 3 * 2, "test sets are scored once per row"
     assert record.matrix[0][0] > 0.9
+
+
+@pytest.mark.parametrize("epochs", [100, 2000])  # a loss is logged each 10 steps, and each 200: more than are taken
+def test_an_early_stop_logs_its_last_step(epochs: int, tmp_path: Path) -> None:
+    on, training = toys.stream(), {"epochs": epochs, "validation": 0.25, "patience": 2, "lr": 0.5}
+    told: list[tuple[int, int, float | None]] = []
+
+    class Heard(Silent):
+        def stepped(self, experience: Experience, step: int, loss: float | None) -> None:
+            told.append((experience.index, step, loss))
+
+    whole = toys.trainer(NAIVE, on, training=training, observer=Heard())
+    record = whole.run()
+    taken = [max(step for index, step, _ in told if index == i) for i in range(3)]
+    assert any(n % (epochs // 10) for n in taken), "patience ends an experience between two log points"
+    last = [max(p["step"] for p in record.losses if p["experience"] == i) for i in range(3)]
+    assert last == [*itertools.accumulate(taken)]
+    assert [p["loss"] for p in record.losses] == [loss for _, _, loss in told if loss is not None]
+
+    def made() -> Trainer:
+        return toys.at_newest(toys.trainer(NAIVE, on, training=training, checkpoints=tmp_path))
+
+    for at in (7, record.steps - 3):
+        toys.stopped_at(at, made())
+    resumed = made()
+    resumed.run()
+    toys.assert_same(whole, resumed)
 
 
 def test_what_is_left_to_learn_of_an_ordered_experience_keeps_its_order() -> None:
@@ -217,6 +259,55 @@ def test_peak_memory_is_the_runs_own() -> None:
     during = peak()
     del large
     assert peak() < during - 200 * 2**20, "another run's memory is not charged to this one"
+
+
+def test_a_resumed_run_keeps_its_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only steps, evaluations and saves move: each is counted where it belongs, once."""
+    now = 0.0
+
+    class Clock(Silent):
+        def stepped(self, experience: Experience, step: int, loss: float | None) -> None:
+            nonlocal now
+            now += 1
+
+    def taking(seconds: float, call: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*args: Any, **how: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return call(*args, **how)
+
+        return slow
+
+    monkeypatch.setattr("cl_lab.trainer.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(checkpoint, "save", taking(2**10, checkpoint.save))
+    on = toys.stream()
+    sections = {"evaluation": {"every_steps": 4}, "checkpoint": {"every_steps": 5}}
+
+    def made(folder: str) -> Trainer:
+        trainer = toys.trainer(NAIVE, on, checkpoints=tmp_path / folder, observer=Clock(), **sections)
+        trainer.learner.score = taking(2**20, trainer.learner.score)
+        return trainer
+
+    whole = made("whole").run()
+    assert whole.train_seconds == whole.steps == 54
+    assert whole.eval_seconds == 2**20 * (4 * 3 + 4 * (1 + 2 + 3)), "rows, and four times within each experience"
+
+    for at in (7, 11, 30, 53):
+        toys.stopped_at(at, toys.at_newest(made("stopped")))
+    stopped = toys.at_newest(made("stopped")).run()
+    assert (stopped.train_seconds, stopped.eval_seconds) == (whole.train_seconds, whole.eval_seconds)
+
+    def killed() -> None:
+        raise KeyboardInterrupt
+
+    dead = made("killed")
+    dead.stop = lambda: killed() if dead.record.steps == 33 else None
+    with pytest.raises(KeyboardInterrupt):
+        dead.run()
+    resumed = toys.at_newest(made("killed"))
+    assert resumed.record.train_seconds == resumed.record.steps == 28, "the checkpoint ten steps into an experience"
+    again = resumed.run()
+    assert (again.train_seconds, again.eval_seconds) == (whole.train_seconds, whole.eval_seconds)
 
 
 def test_cost_of_nothing_is_zero() -> None:

@@ -146,6 +146,11 @@ def test_unreachable_tracking_server(cl_lab: CommandLine, write_config: Callable
         ({"scenario": "{name: split-mnist, data_dir: nowhere}"}, [], ["mnist", "cl-lab fetch"]),
         ({"scenario": "{name: split-digits, online: true}", "strategy": "ewc"}, ["training.epochs=1"], ["boundaries"]),
         ({"scenario": "{name: split-digits, online: true}"}, ["training.epochs=2"], ["online", "set it to 1"]),
+        (
+            {"scenario": "{name: split-digits, online: true}"},
+            ["training.iterations=300"],
+            ["online", "batches of"],
+        ),
     ],
 )
 def test_mistakes_are_one_line(

@@ -243,6 +243,11 @@ def test_orders_that_do_not_fit(scenario: SplitMNIST, message: str) -> None:
         scenario.stream(0)
 
 
+def test_sessions_keep_their_order() -> None:
+    with pytest.raises(ConfigError, match=r"shuffle_classes = True: incremental = 'domain' keeps the sessions' order"):
+        CORe50(shuffle_classes=True)
+
+
 # -- chains --------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +353,9 @@ def test_long_tail_keeps_the_test_set() -> None:
         assert len(e.train) == counts[int(e.name.split()[1])]
     mixed = SplitMNIST(imbalance=0.1, order="iid", experiences=4).stream(0)
     assert torch.equal(torch.cat([e.train.y for e in mixed.experiences]).bincount(), counts)
+    # Of some of the classes it is theirs, as if the set had no others.
+    some = SplitMNIST(imbalance=0.1, only_classes=4, experiences=2).stream(0)
+    assert [e.train.y.bincount()[-2:].tolist() for e in some.experiences] == [[60, 27], [12, 6]]
 
 
 def test_a_limit_does_not_flatten_the_tail() -> None:
