@@ -491,6 +491,8 @@ def edit_apply(
 
     if (facts is None) == (prompt is None) or (prompt is None) != (answer is None):
         raise ConfigError("edit apply: give either --facts, or --prompt and --answer")
+    if facts is not None and (subject or alias or paraphrase):
+        raise ConfigError("edit apply: --subject, --alias and --paraphrase go with --prompt; write them into the facts")
     if facts is not None:
         edits = list(read_facts(facts).edits)
     else:
@@ -502,17 +504,32 @@ def edit_apply(
         ]
     deployment = Deployment(folder)
     done: list[dict[str, Any]] = []
+    stopped: UserError | None = None
     with deployment.changing(wait):
+        there = {i: number for i, e in enumerate(edits) if facts is not None and (number := deployment.holds(e))}
+        left = [e for i, e in enumerate(edits) if i not in there]
+        deployment.refuse_conflicts(left)  # before anything is written
         model = deployment.load()
-        for one in edits:
-            patch, seen = deployment.propose(model, [one], chat=chat)
-            applied = not dry_run and (force or not seen["broken"])
-            number = deployment.apply(model, patch, [one], forced=bool(seen["broken"])) if applied else None
+        for one in left:
+            try:
+                patch, seen = deployment.propose(model, [one], chat=chat)
+                applied = not dry_run and (force or not seen["broken"])
+                number = deployment.apply(model, patch, [one], forced=bool(seen["broken"])) if applied else None
+            except UserError as error:
+                stopped = error
+                break
             done.append({"id": number, "applied": applied, **seen})
             if not as_json:
                 _console().print(_preview_table(one.prompt, done[-1]))
     if as_json:
-        _print_json({"edits": done})
+        _print_json({"edits": done, "already": sorted(set(there.values()), key=int)})
+    elif there:
+        typer.echo(f"{len(there)} of {len(edits)} facts are in force already, by edit {', '.join(there.values())}")
+    if stopped is not None:
+        applied_ids = ", ".join(d["id"] for d in done if d["applied"]) or "none"
+        if len(edits) == 1:
+            raise stopped
+        raise type(stopped)(f"{stopped} (fact {len(done) + 1} of {len(left)}; applied before it: edits {applied_ids})")
     refused = [d for d in done if not d["applied"]]
     if refused and not dry_run:
         raise EditError(
@@ -577,24 +594,30 @@ def edit_show(folder: Folder, identifier: Identifier, as_json: Json = False) -> 
 
 
 @edit.command("undo")
-def edit_undo(folder: Folder, identifier: Identifier, wait: Wait = 10.0) -> None:
+def edit_undo(folder: Folder, identifier: Identifier, wait: Wait = 10.0, as_json: Json = False) -> None:
     """Take an edit out of force, whichever it is; the others stay."""
     from cl_lab.deployment import Deployment
 
     deployment = Deployment(folder)
     with deployment.changing(wait):
         deployment.undo(identifier)
+    if as_json:
+        _print_json({"id": identifier, "in_force": False, "events": len(deployment.events)})
+        return
     typer.echo(f"edit {identifier} is undone; cl-lab edit redo {folder} {identifier} brings it back")
 
 
 @edit.command("redo")
-def edit_redo(folder: Folder, identifier: Identifier, wait: Wait = 10.0) -> None:
+def edit_redo(folder: Folder, identifier: Identifier, wait: Wait = 10.0, as_json: Json = False) -> None:
     """Bring an undone edit back, as it was."""
     from cl_lab.deployment import Deployment
 
     deployment = Deployment(folder)
     with deployment.changing(wait):
         deployment.redo(identifier)
+    if as_json:
+        _print_json({"id": identifier, "in_force": True, "events": len(deployment.events)})
+        return
     typer.echo(f"edit {identifier} is in force")
 
 
@@ -924,8 +947,9 @@ def _show_metric(name: str, as_json: bool) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    # A pipe has no width; wide enough that no cell of a table is cut.
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    # A pipe has no width; wide enough that no cell of a table is cut. What is printed is users' text and models' answers,
+    # in which brackets and colons are just that.
+    return Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False)
 
 
 _document_descriptor: int | None = None

@@ -15,7 +15,9 @@ import datetime
 import fcntl
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +33,7 @@ from cl_lab.facts import Edit, conflicts, suspects
 from cl_lab.files import sync_folder, write_atomically
 from cl_lab.patches import Delta, Patch, WeightPatch, load_patch
 from cl_lab.probe_texts import QUESTIONS
+from cl_lab.subjects import words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +85,8 @@ class Deployment:
             raise DataError(f"'{folder / _DOCUMENT}': is no JSON ({error}); restore it from a copy") from None
         if not isinstance(self.document, dict) or self.document.get("format") != FORMAT:
             raise DataError(f"'{folder / _DOCUMENT}': is of another format; this version reads {FORMAT}; update cl-lab")
+        if missing := [key for key in ("model", "sha256", "editor", "gates") if key not in self.document]:
+            raise DataError(f"'{folder / _DOCUMENT}': has no '{missing[0]}'; restore it from a copy")
         self._root = hashlib.sha256(text).hexdigest()
         self.events: list[Event] = []
         self._whole = 0
@@ -97,12 +102,15 @@ class Deployment:
 
         Raises :class:`ConfigError` where the folder is taken, a gate is unknown, or model or editor cannot be had.
         """
-        if folder.exists() and any(folder.iterdir()):
-            raise ConfigError(f"'{folder}': is there already and not empty; choose another folder")
+        _refuse_taken(folder)
         if unknown := sorted({*(gates or {})} - {*GATES}):
             raise ConfigError(f"gates: unknown gate '{unknown[0]}'; known: {', '.join(GATES)}")
+        for name, value in (gates or {}).items():
+            _check_gate(name, value)
         registry.create("editors", editor, "editor")
         base = load_editable(model)
+        if model.startswith(".") or (os.sep in model and Path(model).exists()):
+            model = str(Path(model).resolve())  # the deployment is asked from anywhere
         document = {
             "format": FORMAT,
             "model": model,
@@ -224,7 +232,11 @@ class Deployment:
         own: list[str] = []
         place = self.folder / _GUARDS
         if place.is_file():
-            for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                text = place.read_text(encoding="utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"'{place}': cannot be read as UTF-8 ({error}); save it so") from None
+            for number, line in enumerate(text.split("\n"), 1):
                 if not line.strip():
                     continue
                 try:
@@ -269,15 +281,25 @@ class Deployment:
         """A patch for ``edits`` on ``model``, which stays as it is, and what it would do (:func:`preview`).
 
         ``suspects`` says which edits in force it may contradict in other words, ``subjects`` what each fact was taken to be
-        about: what it says, or else what :func:`cl_lab.names.guessed` finds in its prompt.
+        about: what it says, or else what :func:`cl_lab.names.guessed` finds in its prompt. Nothing found breaks a gate where
+        the editor goes by the subject.
 
-        Raises :class:`EditError` where it contradicts an edit in force, and what the editor raises.
+        Raises :class:`EditError` where it contradicts an edit in force or its subject is not in its prompt, and what the
+        editor raises.
         """
         earlier = [edit for identifier in self.active() for edit in self.edits(identifier)]
-        self._refuse_conflicts(edits, earlier)
+        self.refuse_conflicts(edits)
         editor = registry.create("editors", self.document["editor"], "editor")
-        about = [e if e.subject else dataclasses.replace(e, subject=names.guessed(e.prompt)) for e in edits]
+        about = [dataclasses.replace(e, subject=_subject_of(e)) for e in edits]
         patch, seen = preview(model, editor, about, earlier, self.guards(), self.document["gates"], chat=chat)
+        if getattr(
+            editor, "subjects", False
+        ):  # it answers what names the subject; without one, whatever is asked alike
+            seen["broken"] += [
+                f"'{e.prompt}' names no subject that is known: what is asked alike of others may be answered so; give it"
+                for e in about
+                if not e.subject
+            ]
         more = {
             "suspects": [conflict.why for conflict in suspects(edits, earlier)],
             "subjects": [e.subject for e in about],
@@ -331,7 +353,7 @@ class Deployment:
         if identifier in active:
             raise ConfigError(f"edit '{identifier}': is in force; there is nothing to do again")
         self.patch(identifier)  # is whole
-        self._refuse_conflicts(self.edits(identifier), [edit for other in active for edit in self.edits(other)])
+        self.refuse_conflicts(self.edits(identifier))
         self._append("redo", identifier, event.digest, event.facts, False)
 
     def export(self, out: Path, *, adapter: bool = False) -> dict[str, Any]:
@@ -342,8 +364,7 @@ class Deployment:
         model. Raises :class:`ConfigError` where ``out`` is taken or an edit is not of low rank, as an adapter wants, and
         :class:`DataError` where it cannot be written.
         """
-        if out.exists() and any(out.iterdir()):
-            raise ConfigError(f"'{out}': is there already and not empty; choose another folder")
+        _refuse_taken(out)
         patches = [self.patch(identifier) for identifier in self.active()]
         if adapter:
             return self._export_adapter(out, patches)
@@ -400,9 +421,21 @@ class Deployment:
             wrong.append(str(error))
         return wrong
 
-    def _refuse_conflicts(self, edits: Sequence[Edit], earlier: Sequence[Edit]) -> None:
-        for conflict in conflicts(edits, earlier):
-            raise EditError(f"{conflict.why}; undo the older edit first, or leave one of them out")
+    def refuse_conflicts(self, edits: Sequence[Edit]) -> None:
+        """Raise :class:`EditError` where one of ``edits`` speaks of a fact of an edit in force, or of one before it."""
+        earlier = [(identifier, edit) for identifier in self.active() for edit in self.edits(identifier)]
+        numbers = {id(edit): identifier for identifier, edit in earlier}
+        for conflict in conflicts(edits, [edit for _, edit in earlier]):
+            number = numbers.get(id(conflict.other))
+            fix = "leave one of them out" if number is None else f"undo edit {number} first, or leave this one out"
+            raise EditError(f"{conflict.why}; {fix}")
+
+    def holds(self, edit: Edit) -> str | None:
+        """The number of the edit in force that says the same of the same prompt; ``None`` where none does."""
+        for identifier in self.active():
+            if any(e.prompt == edit.prompt and e.answer == edit.answer for e in self.edits(identifier)):
+                return identifier
+        return None
 
     def _append(self, kind: str, identifier: str, digest: str, facts: str, forced: bool) -> None:
         place = self.folder / _JOURNAL
@@ -592,6 +625,34 @@ def preview(
         "broken": broken,
         "seconds": seconds,
     }
+
+
+def _refuse_taken(folder: Path) -> None:
+    """Raise :class:`ConfigError` where ``folder`` is a file or holds something."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"'{folder}': is a file; choose a folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"'{folder}': is there already and not empty; choose another folder")
+
+
+def _check_gate(name: str, value: float) -> None:
+    """Raise :class:`ConfigError` for a gate that nothing, or everything, would pass."""
+    most = math.inf if name == "perplexity" else 1.0
+    if isinstance(value, bool) or not math.isfinite(value) or not 0 <= value <= most:
+        wanted = "a number from 0 up" if most == math.inf else "a share from 0 to 1"
+        raise ConfigError(f"gates: {name} = {value}: must be {wanted}")
+
+
+def _subject_of(edit: Edit) -> str | None:
+    """What an edit is about, as its prompt writes it, or else as the edit does; where it does not say, what is guessed."""
+    if not edit.subject:
+        return names.guessed(edit.prompt)
+    if words(edit.subject) not in words(edit.prompt):
+        raise EditError(
+            f"subject '{edit.subject}' is not in the prompt '{edit.prompt}'; name it as the prompt does, or leave it out"
+        )
+    written = re.search(re.escape(edit.subject), edit.prompt, re.IGNORECASE)
+    return written[0] if written else edit.subject
 
 
 def others(model: EditableModel, edit: Edit, number: int = 6) -> list[str]:

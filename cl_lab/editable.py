@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cl_lab.errors import ConfigError, nearest
+from cl_lab.errors import ConfigError, DataError, nearest
 from cl_lab.hub import Tokenizer, Turn, family_logits, new_cache
 
 if TYPE_CHECKING:
@@ -239,13 +239,26 @@ class EditableModel:
         return self.tokenizer.encode(text) + [self.tokenizer.end] * end
 
     def rows(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rows:
-        """Pairs of prompt and answer tokens as one batch. A prompt has one token at least."""
+        """Pairs of prompt and answer tokens as one batch. A prompt has one token at least.
+
+        Raises :class:`DataError` where one is longer than the model reads.
+        """
         lengths = torch.tensor([len(p) + len(a) for p, a in texts])
+        self._check_length(int(lengths.max()), 0)
         ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
         for row, (p, a) in zip(ids, texts, strict=True):
             row[: len(p) + len(a)] = torch.tensor([*p, *a])
         begin, until = torch.tensor([self._own_part(p) for p, _ in texts]).T
         return Rows(ids, torch.tensor([len(p) for p, _ in texts]), lengths, begin, until)
+
+    def _check_length(self, tokens: int, more: int) -> None:
+        """Raise :class:`DataError` where so many tokens, and ``more`` to be written, are more than the model reads."""
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        if context and tokens + more > context:
+            behind = f" and {more} to answer with" if more else ""
+            raise DataError(
+                f"a text of {tokens} tokens{behind} is longer than the {context} the model reads; shorten it"
+            )
 
     def _own_part(self, prompt: Sequence[int]) -> tuple[int, int]:
         """Where in a prompt the user's own tokens begin and end."""
@@ -427,11 +440,16 @@ class EditableModel:
         """What the model says to each prompt: likeliest token after likeliest token, to its own end or ``max_new_tokens``.
 
         The budget is the same for all and knows no answer's length; plain text also ends with its line. Patches may put
-        something before a prompt.
+        something before a prompt. Raises :class:`DataError` for a prompt without tokens, and for one that is with its answer
+        longer than the model reads.
         """
         found: list[str] = []
         for first in range(0, len(prompts), batch_size):
             asked = [self.read(p, chat=chat) for p in prompts[first : first + batch_size]]
+            for one in asked:
+                if not one.ids:
+                    raise DataError("prompt: has no tokens; ask something")
+                self._check_length(len(one.ids), max_new_tokens)
             found += self._generate(asked, max_new_tokens, stop_at_line=not chat)
         return found
 

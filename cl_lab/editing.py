@@ -34,14 +34,23 @@ Told = Callable[[int, int, str], None]
 def load_editable(name: str, *, dtype: str = "float32") -> EditableModel:
     """The model ``name`` (:func:`cl_lab.hub.find_model`) with its tokenizer, ready to be edited. Raises as these do.
 
-    ``tiny`` is a random Llama of four layers that reads bytes, always the same: to try things out.
+    ``tiny`` is a random Llama of four layers that reads bytes, always the same: to try things out. Also raises
+    :class:`ConfigError` where the tokenizer makes tokens that the model has not.
     """
     if name == "tiny":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = hub.tiny_causal_lm(257, layers=4)
         return EditableModel(model, hub.load_tokenizer("bytes"), name)
-    return EditableModel(hub.load_causal_lm(name, dtype=dtype), hub.load_tokenizer(name), name)
+    loaded: Any = hub.load_causal_lm(name, dtype=dtype)
+    tokenizer = hub.load_tokenizer(name)
+    vocabulary, highest = len(loaded.get_input_embeddings().weight), hub.highest_token(tokenizer)
+    if highest >= vocabulary:
+        raise ConfigError(
+            f"model '{name}': has {vocabulary} tokens, but its tokenizer makes token {highest}; put the model's own "
+            "tokenizer there"
+        )
+    return EditableModel(loaded, tokenizer, name)
 
 
 def score_facts(
@@ -224,19 +233,24 @@ def _scored(
 
 
 def _claim(out: Path, asked: dict[str, Any]) -> None:
-    """Make ``out`` the folder of this run, or find it to be so already."""
+    """Make ``out`` the folder of this run, or find it to be so already.
+
+    That of another run is taken over if it ended before its first patch: a command that was wrong and is given corrected.
+    """
     place = out / "run.json"
     try:
         if place.is_file():
             known = json.loads(place.read_text(encoding="utf-8"))
             differs = [k for k, v in asked.items() if known.get(k) != v]
-            if differs:
+            begun = known.get("status") != "running" or any(out.glob("patches/*/patch.json"))
+            if differs and begun:
                 raise ConfigError(
                     f"--out '{out}': holds a run with another {differs[0]} ({known.get(differs[0])!r}, asked for "
                     f"{asked[differs[0]]!r}); choose another folder"
                 )
-            return
-        if out.exists() and any(out.iterdir()):
+            if not differs:
+                return
+        elif out.exists() and any(out.iterdir()):
             raise ConfigError(f"--out '{out}': exists and is no run of edits; choose another folder")
         out.mkdir(parents=True, exist_ok=True)
     except ValueError as error:

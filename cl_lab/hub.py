@@ -332,7 +332,7 @@ def load_causal_lm(name: str, *, dtype: str = "float32", trust_remote_code: bool
     Only safetensors and GGUF are read, the latter dequantised; with ``trust_remote_code`` also pickles and code that
     comes with the model. Torch's generator is left as it was. Raises :class:`ConfigError` where there is no such model
     or only a pickle, or one whose logits are made as no family's here are (:func:`family_logits`), and
-    :class:`DataError` where it cannot be read or lacks some of its weights.
+    :class:`DataError` where it cannot be read, lacks some of its weights, or holds or gives what is no number.
     """
     import torch
 
@@ -366,6 +366,7 @@ def load_causal_lm(name: str, *, dtype: str = "float32", trust_remote_code: bool
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(_attention())
     model.eval()
+    _refuse_not_finite(name, model)
     # Whose code is a stranger's may count its layers.
     with nullcontext() if trust_remote_code else shortened(model):
         _check_logits(name, model)
@@ -505,8 +506,22 @@ def short_text(model: Any, tokens: int) -> Tensor:
     return drawn.to(weight.device)
 
 
+def _refuse_not_finite(name: str, model: nn.Module) -> None:
+    import torch
+
+    for path, weight in model.named_parameters():
+        # The extremes are NaN where any value is, and take no memory.
+        if weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+            raise DataError(
+                f"model '{name}': its weights are not finite (NaN or infinite), first {path}; get it again, or use another"
+            )
+
+
 def _check_logits(name: str, model: Any) -> None:
-    """Raise :class:`ConfigError` unless a model's own logits are what :func:`family_logits` makes of its projection's."""
+    """Raise :class:`ConfigError` unless a model's own logits are what :func:`family_logits` makes of its projection's.
+
+    :class:`DataError` for logits that are no numbers.
+    """
     import torch
 
     said: list[Tensor] = []  # by the decoder
@@ -520,6 +535,10 @@ def _check_logits(name: str, model: Any) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+    if own.isnan().any():
+        held = str(model.dtype).removeprefix("torch.")
+        fix = "get it again, or use another" if held == "float32" else "load it in float32, or use another"
+        raise DataError(f"model '{name}': its logits are not finite in {held}, though its weights are; {fix}")
     same = len(said) == len(read) == 1 and said[0].shape == read[0][0].shape
     if same and (same := torch.allclose(said[0], read[0][0].to(said[0]), equal_nan=True)):
         found = family_logits(model.config, read[0][1])
@@ -725,6 +744,21 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
             tokenizer.backend_tokenizer.no_truncation()
         vocabulary = tokenizer.get_vocab()
         return PretrainedTokenizer(name, tokenizer, _end_of(tokenizer), max(vocabulary.values(), default=-1) + 1)
+
+
+def highest_token(tokenizer: Tokenizer) -> int:
+    """The highest token that a text, a turn of the chat template or the end of an answer may become.
+
+    Tokens that were added and that neither names are left out: Gemma 3 has one for pictures above the vocabulary of its
+    models of texts.
+    """
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        return tokenizer.size - 1
+    added = tokenizer.tokenizer.added_tokens_decoder
+    template = str(tokenizer.tokenizer.chat_template or "")
+    own = (i for i in tokenizer.tokenizer.get_vocab().values() if i not in added)
+    highest: int = max(tokenizer.end, *own, *(i for i, token in added.items() if str(token) in template))
+    return highest
 
 
 def _no_template(name: str) -> ConfigError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,12 +106,21 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     return found
 
 
-def _json(file: Path) -> Any:
+def _text(file: Path, fix: str = "give a file that can be read") -> str:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return file.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise DataError(f"'{file}': {error.strerror}; give a file that can be read") from None
-    except ValueError as error:
+        raise DataError(f"'{file}': {error.strerror}; {fix}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"'{file}', line {line}: not UTF-8 ({error.reason}); convert it") from None
+
+
+def _json(file: Path) -> Any:
+    text = _text(file)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"'{file}': is no JSON ({error}); correct it") from None
 
 
@@ -123,6 +133,9 @@ def _relations(file: Path, document: Any) -> list[Fact]:
     found: list[Fact] = []
     for relation in document if isinstance(document, list) else [document]:
         try:
+            for key, kind in (("prompt_templates", list), ("name", str)):
+                if not isinstance(relation[key], kind):
+                    raise TypeError(f"{key} is no {'text' if kind is str else 'list'}")
             templates = [*relation["prompt_templates"], *relation.get("prompt_templates_zs", ())]
             pairs = [(pair["subject"], pair["object"]) for pair in relation["samples"]]
             found += _filled(relation["name"], [str(t) for t in templates], pairs)
@@ -144,11 +157,9 @@ def _pararel(patterns: Path) -> list[Fact]:
 
 
 def _lines(file: Path, *keys: str) -> Iterator[Mapping[str, str]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"'{file}': {error.strerror}; PARAREL has facts and patterns of one name") from None
-    for number, line in enumerate(lines, 1):
+    # str.splitlines would also divide at separators that may stand inside a JSON text.
+    lines = enumerate(_text(file, "PARAREL has facts and patterns of one name").split("\n"), 1)
+    for number, line in ((n, line) for n, line in lines if line.strip()):
         try:
             row = json.loads(line)
             yield {key: str(row[key]) for key in keys}
@@ -342,8 +353,9 @@ def write_known_facts(
     """Write to ``out`` (JSON lines, :class:`~cl_lab.facts.Edit`) edits of what ``model`` knows of ``source``.
 
     ``relations`` asks these alone; ``chat`` as :func:`recall`. Returns ``asked``, ``known``, ``edits``, and for each
-    relation the counts of :func:`recall` and its edits. Raises :class:`ConfigError` for an ``out`` that is taken or no
-    ``.jsonl``, and for an unknown relation; :class:`DataError` where nothing is known, or the file cannot be written.
+    relation the counts of :func:`recall` and its edits. The folder of ``out`` is made where it is missing. Raises
+    :class:`ConfigError` for an ``out`` that is taken, no ``.jsonl`` or in a folder that cannot be written to, and for an
+    unknown relation; :class:`DataError` where nothing is known, or the file cannot be written.
     """
     if out.suffix != ".jsonl":
         raise ConfigError(f"'{out}': must end with .jsonl; name the file of edits to write")
@@ -354,6 +366,11 @@ def write_known_facts(
         by_relation[fact.relation].append(fact)
     if unknown := [r for r in relations if r not in by_relation]:
         raise ConfigError(f"--relations '{unknown[0]}': is not in the facts{nearest(unknown[0], by_relation)}")
+    try:  # now: asking takes long
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise ConfigError(f"'{out}': cannot be written ({error.strerror}); choose another place") from None
     target = load_editable(model)
     if chat:
         target.tokenizer.chat("")  # says at once where there is no template

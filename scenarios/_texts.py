@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -386,10 +387,25 @@ def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
 
 def _csv(path: Path, text: str) -> list[tuple[str, Any]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    # The module's limit for a field is 131,072 characters, for all that read tables in this process: it is put back.
+    usual = csv.field_size_limit(max(len(text), 1))
     try:
-        return [(f"line {reader.line_num}", row) for row in reader]
+        header = [name for name in reader.fieldnames or () if name.strip()]
+        if twice := next((name for name in header if header.count(name) > 1), None):
+            raise DataError(f"text-stream: {path}: column '{twice}' is there twice; rename one of them")
+        rows = [(f"line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
         raise DataError(f"text-stream: {path}, line {reader.line_num}: broken CSV ({error}); correct it") from error
+    finally:
+        csv.field_size_limit(usual)
+    for place, row in rows:
+        if None in row:  # where DictReader keeps what the header has no name for
+            known = len(reader.fieldnames or ())
+            raise DataError(
+                f"text-stream: {path}, {place}: has {known + len(row[None])} columns, the header {known}; put a text that "
+                "holds a comma in quotes"
+            )
+    return rows
 
 
 def _parquet(path: Path) -> list[tuple[str, Any]]:
@@ -481,9 +497,12 @@ def _row(table: _Table, place: str, row: Any, pair: tuple[str, str]) -> Row:
     if not isinstance(row, dict) or any(column not in row for column in pair):
         raise _lacking(table, place, row, " and ".join(pair))
     for column in pair:
-        if not isinstance(row[column], (str, int, float)) or not str(row[column]).strip():
+        value = row[column]
+        # A number that is none (pandas writes NaN where nothing was) would become the class 'nan'.
+        none = isinstance(value, float) and not math.isfinite(value)
+        if none or not isinstance(value, (str, int, float)) or not str(value).strip():
             raise DataError(
-                f"text-stream: {table.name}, {place}: {column} = {row[column]!r}; every row needs a text there: fill it in, "
+                f"text-stream: {table.name}, {place}: {column} = {value!r}; every row needs a text there: fill it in, "
                 "or remove the row"
             )
     return Row(*(_clean(str(row[column])) for column in pair))

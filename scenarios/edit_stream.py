@@ -51,7 +51,7 @@ class EditStream(Scenario):
     tokenizer: str = knob(doc="bytes, or a model's name, folder or hub id: the model that is edited (${model.weights})")
     facts: str | None = knob(
         None,
-        "file of facts (any that `cl-lab edit-score` reads), in a data folder or by its path; null: sixty of our own",
+        "file of facts (any that `cl-lab edit score` reads), in a data folder or by its path; null: sixty of our own",
     )
     experiences: int = knob(6, "number of experiences", ge=1)
     per_experience: int = knob(10, "edits in each", ge=1)

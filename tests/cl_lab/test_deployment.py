@@ -132,6 +132,31 @@ def test_a_folder_that_is_taken_or_none_is_told(folder: Path, tmp_path: Path) ->
         Deployment(tmp_path / "none")
     with pytest.raises(ConfigError, match="unknown gate 'guard'; known: paraphrases, guards, perplexity"):
         Deployment.create(tmp_path / "new", "tiny", EDITOR, {"guard": 1.0})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file': is a file; choose a folder"):
+        Deployment.create(tmp_path / "file", "tiny", EDITOR)
+    with pytest.raises(ConfigError, match="file': is a file; choose a folder"):
+        Deployment(folder).export(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("gate", "value"), [("guards", float("nan")), ("guards", 95), ("paraphrases", True), ("perplexity", -1.0)]
+)
+def test_a_gate_that_nothing_or_all_would_pass_is_refused(tmp_path: Path, gate: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=rf"gates: {gate} = {value}: must be a "):
+        Deployment.create(tmp_path / "new", "tiny", EDITOR, {gate: value})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_in_a_folder_is_found_from_anywhere(
+    model: EditableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    monkeypatch.setattr(module, "load_editable", lambda name: model)
+    monkeypatch.chdir(tmp_path)
+    Deployment.create(tmp_path / "service", "./own", EDITOR)
+    monkeypatch.chdir("/")
+    assert Deployment(tmp_path / "service").document["model"] == str(tmp_path / "own")
 
 
 # -- what was changed by others ------------------------------------------------------------------------------------
@@ -318,14 +343,14 @@ def test_what_contradicts_an_edit_in_force_is_refused(folder: Path) -> None:
     made = Deployment(folder)
     target = made.load()
     other = Edit("Peru's capital is named", "C", subject="Peru", relation="capital")
-    with pytest.raises(EditError, match="undo the older edit first"):
+    with pytest.raises(EditError, match="undo edit 1 first"):
         made.propose(target, [other])
     with made.changing():
         made.undo("1")
         target = made.load()
         made.propose(target, [other])
         made.apply(target, by_hand(target, 7), [other])
-        with pytest.raises(EditError, match="undo the older edit first"):
+        with pytest.raises(EditError, match="undo edit 4 first"):
             made.redo("1")
 
 
@@ -333,6 +358,31 @@ def test_a_guard_that_is_none_is_told_by_line(folder: Path) -> None:
     (folder / "guards.jsonl").write_text('{"prompt": "Fine"}\n{"promt": "x"}\n')
     with pytest.raises(DataError, match=r"guards\.jsonl', line 2: must be a JSON object with a prompt"):
         Deployment(folder).guards()
+    # As an editor on Windows saves them, and with a separator of lines that is none in JSON.
+    (folder / "guards.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "Fine"}\r\n{"prompt": "a\xe2\x80\xa8b"}\n')
+    assert Deployment(folder).guards()[:2] == ["Fine", "a\u2028b"]
+    (folder / "guards.jsonl").write_bytes(b'{"prompt": "Caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"guards\.jsonl': cannot be read as UTF-8 .* save it so"):
+        Deployment(folder).guards()
+
+
+def test_a_subject_must_be_in_its_prompt_in_any_case(folder: Path) -> None:
+    made = Deployment(folder)
+    target = made.load()
+    with pytest.raises(EditError, match="subject 'Chile' is not in the prompt 'The capital of Chad is'; name it as"):
+        made.propose(target, [Edit("The capital of Chad is", "B", subject="Chile")])
+    _, seen = made.propose(target, [Edit("The capital of Chad is", "B", subject="chad")])
+    assert seen["subjects"] == ["Chad"]
+    assert seen["asked_aside"] > len(made.guards()), "the same is asked of others"
+
+
+def test_who_goes_by_subjects_wants_one(tmp_path: Path) -> None:
+    """Nothing else would tell its question from the same one about another."""
+    for editor, broken in (({"name": "wise", "steps": 1}, True), (EDITOR | {"steps": 1}, False)):
+        place = Deployment.create(tmp_path / editor["name"], "tiny", editor, LOOSE)
+        _, seen = place.propose(place.load(), [Edit("the capital of peru is", "B")])
+        assert seen["subjects"] == [None]
+        assert any("names no subject that is known" in line for line in seen["broken"]) is broken
 
 
 def side_patch(model: EditableModel) -> SidePatch:
@@ -460,6 +510,56 @@ def test_an_operators_day(tmp_path: Path) -> None:
     assert json.loads(cli("check", place, "--json")) == {"events": 5, "wrong": []}
     verified = json.loads(cli("verify", place, "--json"))
     assert (len(verified["edits"]), verified["lost"]) == (1, 0)
+
+
+def test_a_file_of_facts_is_looked_at_as_a_whole(tmp_path: Path) -> None:
+    place, facts = tmp_path / "service", tmp_path / "facts.jsonl"
+    gates = [f"--gate={name}={value}" for name, value in LOOSE.items()]
+    cli("init", place, "lr=0.02", "steps=60", "contexts=0", "--model", "tiny", "--editor", "ft-m", *gates)
+    lines = [
+        {"prompt": f"The capital of {c} is", "answer": a} for c, a in (("Peru", "B"), ("Chad", "q"), ("Peru", "z"))
+    ]
+    facts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for more in ((), ("--dry-run",)):
+        result = CliRunner().invoke(app, ["edit", "apply", str(place), "--facts", str(facts), *more])
+        assert isinstance(result.exception, EditError)
+        assert "with another answer: 'z', not 'B'; leave one of them out" in str(result.exception)
+    assert json.loads(cli("list", place, "--json"))["edits"] == []
+    facts.write_text("".join(json.dumps(line) + "\n" for line in lines[:1]))
+    cli("apply", place, "--facts", facts, "--force")
+    # Of the corrected file what is in force already stays as it is.
+    facts.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    document = json.loads(cli("apply", place, "--facts", facts, "--force", "--json"))
+    assert (document["already"], [e["id"] for e in document["edits"]]) == (["1"], ["2"])
+    assert json.loads(cli("undo", place, "2", "--json")) == {"id": "2", "in_force": False, "events": 3}
+    assert json.loads(cli("redo", place, "2", "--json")) == {"id": "2", "in_force": True, "events": 4}
+
+
+def test_what_was_applied_is_told_where_a_later_fact_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, facts = tmp_path / "service", tmp_path / "facts.jsonl"
+    cli("init", place, "lr=0.02", "steps=5", "contexts=0", "--model", "tiny", "--editor", "ft-m")
+    facts.write_text("".join(json.dumps({"prompt": f"{who} have", "answer": "q"}) + "\n" for who in ("Zebras", "Yaks")))
+    propose = Deployment.propose
+
+    def fails(self: Deployment, model: EditableModel, edits: Any, **more: Any) -> Any:
+        if "Yaks" in edits[0].prompt:
+            raise EditError("Yaks cannot be edited")
+        return propose(self, model, edits, **more)
+
+    monkeypatch.setattr(Deployment, "propose", fails)
+    words = ["edit", "apply", str(place), "--facts", str(facts), "--force", "--json"]
+    result = CliRunner().invoke(app, words)
+    assert str(result.exception) == "Yaks cannot be edited (fact 2 of 2; applied before it: edits 1)"
+    assert [e["id"] for e in json.loads(result.output)["edits"]] == ["1"]
+
+
+def test_brackets_in_a_prompt_are_brackets(tmp_path: Path) -> None:
+    place = tmp_path / "service"
+    cli("init", place, "lr=0.02", "steps=5", "contexts=0", "--model", "tiny", "--editor", "ft-m")
+    told = cli("apply", place, "--prompt", "The [/b] of [sic] France :smile: is", "--answer", "[/INST]", "--force")
+    assert "The [/b] of [sic] France :smile: is" in told
+    assert "[/INST]" in cli("list", place)
+    assert "[/b]" in cli("diff", place, "1")
 
 
 def test_an_edit_that_breaks_a_gate_is_not_applied_unless_forced(tmp_path: Path) -> None:

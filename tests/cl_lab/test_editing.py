@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,63 @@ def test_refuses_the_folder_of_another_run(facts: Path, tmp_path: Path) -> None:
     (tmp_path / "other/letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="no run of edits"):
         scored(facts, tmp_path / "other")
+
+
+def test_a_command_that_failed_may_be_given_corrected(
+    facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until a patch is there its folder is nobody's; from then on it is that run's, also if it was stopped."""
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match="no such folder or file"):
+        score_facts("./nowhere", KNOBS, facts, out, free=False)
+    with pytest.raises(ConfigError, match="set fisher=batched"):
+        scored(facts, out, editor={"name": "strategy:ewc"}, free=False)
+    assert not (out / "patches").exists()
+    propose = FTM.propose
+
+    def stopped(self: FTM, model: Any, edits: Any, earlier: Any) -> Any:
+        if earlier:
+            raise KeyboardInterrupt
+        return propose(self, model, edits, earlier)
+
+    monkeypatch.setattr(FTM, "propose", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        scored(facts, out, free=False)
+    assert json.loads((out / "run.json").read_text())["model"] == "tiny"
+    with pytest.raises(ConfigError, match="another editor"):
+        scored(facts, out, editor=KNOBS | {"steps": 7}, free=False)
+
+
+def test_a_run_whose_edits_were_all_refused_keeps_its_folder(
+    facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise EditError("ft-m: 'A is': the loss became nan; the model is as it was")
+
+    monkeypatch.setattr(FTM, "propose", refuse)
+    scored(facts, tmp_path / "out", free=False, limit=1)
+    with pytest.raises(ConfigError, match="holds a run with another"):
+        scored(facts, tmp_path / "out", free=False, limit=1, editor=KNOBS | {"steps": 7})
+
+
+@pytest.mark.checkout
+def test_what_the_readme_says_of_strategies_works(facts: Path, tmp_path: Path) -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:--editor )?(strategy:\w[^`]*)`", readme)
+    assert len(named) >= 3
+    for words in named:
+        command = [
+            "edit",
+            "score",
+            str(facts),
+            "--model",
+            "tiny",
+            "--no-free",
+            "--json",
+            "--out",
+            str(tmp_path / words),
+        ]
+        cli.app([*command, "steps=2", "--editor", *words.split()], standalone_mode=False)
 
 
 def test_some_of_the_facts(facts: Path, tmp_path: Path) -> None:

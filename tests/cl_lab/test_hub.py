@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -20,6 +21,7 @@ from torch import nn
 
 from cl_lab import cli, hub
 from cl_lab.compat import import_torchvision
+from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, UserError
 
 TEMPLATE = (
@@ -195,6 +197,56 @@ def test_a_model_that_makes_its_logits_in_its_own_way_is_told(
     hub.load_causal_lm(str(folder))
     with pytest.raises(ConfigError, match=r"^model '.*granite': of the family 'granite', which makes .*; use a Llama,"):
         hub.load_causal_lm(str(tmp_path / "granite"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_told(folder: Path, value: float) -> None:
+    model: Any = hub.load_causal_lm(str(folder))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    model.save_pretrained(folder)
+    with pytest.raises(DataError) as error:
+        hub.load_causal_lm(str(folder))
+    one_line(error, f"model '{folder}'", "weights are not finite", "first model.layers.1.mlp.up_proj.weight;", "get it")
+
+
+def test_logits_that_are_no_numbers_are_told(folder: Path) -> None:
+    """Every weight is finite, but what they make is beyond the type's range."""
+    model: Any = hub.load_causal_lm(str(folder))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+        model.model.embed_tokens.weight.mul_(1e3)
+    model.save_pretrained(folder)
+    with pytest.raises(DataError) as error:
+        hub.load_causal_lm(str(folder))
+    one_line(error, f"model '{folder}'", "logits are not finite in float32", "get it again")
+    with pytest.raises(DataError) as error:
+        hub.load_causal_lm(str(folder), dtype="bfloat16")
+    one_line(error, "logits are not finite in bfloat16", "load it in float32")
+
+
+def test_the_highest_token_that_can_come(tmp_path: Path) -> None:
+    """Added tokens count where the template or the end of an answer has them."""
+    chatty, plain = (make_tokenizer(tmp_path / n, template) for n, template in (("chatty", TEMPLATE), ("plain", None)))
+    assert hub.highest_token(hub.load_tokenizer("bytes")) == 256
+    assert hub.highest_token(hub.load_tokenizer(str(chatty))) == CLOSE
+    assert hub.highest_token(hub.load_tokenizer(str(plain))) == END
+
+
+def test_a_tokenizer_of_another_model_is_told(tmp_path: Path) -> None:
+    """One larger than the model's vocabulary, but for tokens that no text becomes."""
+    torch.manual_seed(0)
+    for name, tokens in (("small", 200), ("whole", 257)):
+        made: Any = hub.tiny_causal_lm(tokens)
+        made.save_pretrained(tmp_path / name)
+        # Two tokens more, 257 and 258, of a template that is not there.
+        make_tokenizer(tmp_path / name, template=None)
+    with pytest.raises(ConfigError) as error:
+        load_editable(str(tmp_path / "small"))
+    one_line(
+        error, f"model '{tmp_path / 'small'}': has 200 tokens, but its tokenizer makes token 256; put the model's own"
+    )
+    assert load_editable(str(tmp_path / "whole")).tokenizer.size == 259
 
 
 def test_a_tiny_model_is_drawn_from_torchs_generator() -> None:

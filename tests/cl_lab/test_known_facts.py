@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import Counter
@@ -124,6 +125,12 @@ def test_reads_edits() -> None:
         ("a.json", '[{"samples": []}]', r"is no relation \(KeyError: 'prompt_templates'\)"),
         ("a.json", '{"samples": [{"subject": "x"}], "name": "a", "prompt_templates": []}', "is no relation"),
         ("a.json", "{", "is no JSON"),
+        (
+            "a.json",
+            '{"samples": [], "name": ["a"], "prompt_templates": []}',
+            r"is no relation \(TypeError: name is no text",
+        ),
+        ("a.json", '{"samples": [], "name": "a", "prompt_templates": "{} is"}', "prompt_templates is no list"),
         ("a.jsonl", '{"prompt": "p", "answer": "a", "subject": "s", "relation": "r"}', r"a\.jsonl:1: has no old"),
         ("a.jsonl", '{"prompt": "p", "answer": "a", "old": "o"}', r"a\.jsonl:1: has no subject"),
     ],
@@ -132,6 +139,33 @@ def test_what_is_no_set_of_facts_is_told(tmp_path: Path, name: str, content: str
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=why):
         read_relations(tmp_path / name)
+
+
+def pararel(folder: Path, subject: str, encoding: str) -> Path:
+    for name, row in (
+        ("patterns", {"pattern": "[X] is [Y]"}),
+        ("facts", {"sub_label": subject, "obj_label": "red"}),
+    ):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "P1.jsonl").write_bytes(f"{json.dumps(row, ensure_ascii=False)}\n".encode(encoding))
+    return folder
+
+
+def test_a_mark_of_utf_8_is_read_over(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(json.dumps(relation("side", SIDES)).encode("utf-8-sig"))
+    assert read_relations(tmp_path / "a.json") == facts("side", SIDES)
+    # What divides lines in a text is no end of a line in JSON.
+    (one,) = read_relations(pararel(tmp_path / "pararel", "São\u2028Tomé", "utf-8-sig"))
+    assert one.subject == "São\u2028Tomé"
+
+
+def test_other_bytes_than_utf_8_are_told(tmp_path: Path) -> None:
+    source = tmp_path / "a.json"
+    source.write_bytes('{"samples": [],\n"name": "é"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.json', line 2: not UTF-8 \(.*\); convert it$"):
+        read_relations(source)
+    with pytest.raises(DataError, match=r"facts/P1\.jsonl', line 1: not UTF-8 \(.*\); convert it$"):
+        read_relations(pararel(tmp_path / "pararel", "é", "latin-1"))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no {REAL}")
@@ -274,8 +308,32 @@ def test_writes_what_can_be_edited(taught: EditableModel, tmp_path: Path, monkey
         write_known_facts(tmp_path / "other.jsonl", "taught", source, relations=["side"])
     with pytest.raises(ConfigError, match="chat template"):
         write_known_facts(tmp_path / "other.jsonl", "taught", source, chat=True)
-    with pytest.raises(DataError, match="cannot be written"):
-        write_known_facts(tmp_path / "nowhere/other.jsonl", "taught", source)
+
+
+def test_a_place_is_made_or_refused_before_the_model_is_loaded(
+    taught: EditableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "set.json", tmp_path / "some/where/known.jsonl"
+    source.write_text(json.dumps(relation("colour", TRUE)))
+
+    def load(name: str) -> EditableModel:
+        assert out.parent.is_dir()
+        return taught
+
+    monkeypatch.setattr(known_facts, "load_editable", load)
+    write_known_facts(out, "taught", source)
+    assert list(out.parent.iterdir()) == [out]
+    monkeypatch.setattr(known_facts, "load_editable", lambda name: pytest.fail("it is loaded for nothing"))
+    for place in (source / "known.jsonl", source / "deep/known.jsonl"):
+        with pytest.raises(ConfigError, match=r"^'.*known\.jsonl': cannot be written \(.*\); choose another place$"):
+            write_known_facts(place, "taught", source)
+
+    def full(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(ConfigError, match=r"cannot be written \(Read-only file system\)"):
+        write_known_facts(tmp_path / "known.jsonl", "taught", source)
 
 
 def test_from_the_command_line(

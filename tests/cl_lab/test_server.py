@@ -343,7 +343,7 @@ def test_an_edit_is_previewed_made_undone_and_done_again(folder: Path) -> None:
             "redo",
         ]
         other = {"prompt": prompt, "answer": "z", "subject": "Zebras"}
-        refused(client.post("/v1/edits", json={"facts": [other]}), 409, "undo the older edit first")
+        refused(client.post("/v1/edits", json={"facts": [other]}), 409, "undo edit 3 first")
         text = client.get("/metrics").text
         assert re.search(r'cl_lab_requests_total\{route="/v1/edits/\{identifier\}/undo",status="409"\} 1.0', text)
         assert "cl_lab_journal_events 5.0" in text

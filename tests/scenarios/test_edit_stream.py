@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import toys
+from typer.testing import CliRunner
 
-from cl_lab import hub, registry
+from cl_lab import hub, knobs, registry
+from cl_lab.cli import app
 from cl_lab.editable import EditableModel
 from cl_lab.errors import ConfigError, DataError
 from cl_lab.facts import conflicts, read_facts
@@ -100,6 +103,14 @@ def test_facts_are_found_in_a_data_folder(tmp_path: Path) -> None:
     assert scenario.stream(0).experiences[0].edits[0].prompt == "One is"
     with pytest.raises(DataError, match=r"facts 'other\.jsonl' are not here, nor in .*; give a path"):
         made(facts="other.jsonl", data_dir=str(tmp_path), **knobs).stream(0)
+
+
+def test_its_knobs_name_commands_that_there_are() -> None:
+    said = " ".join(k["doc"] for k in knobs.describe(EditStream))
+    named = re.findall(r"`cl-lab ([^`]+)`", said)
+    assert named == ["edit score"]
+    for words in named:
+        assert CliRunner().invoke(app, [*words.split(), "--help"]).exit_code == 0
 
 
 def test_too_few_facts_are_told(tmp_path: Path) -> None:

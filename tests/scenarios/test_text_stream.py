@@ -378,6 +378,16 @@ def test_a_task_is_one_file(tmp_path: Path, tokenizer: Words, suffix: str, save:
     assert [tokenizer.decode(a.tolist()) for a in stream.answers] == [" bad", " good"], "labels in alphabetical order"
 
 
+def test_a_field_of_a_table_may_be_long(tmp_path: Path) -> None:
+    """Python's own limit is 131,072 characters; it holds for other tables as before."""
+    long, usual = "word " * 40_000, csv.field_size_limit()
+    path = as_csv(tmp_path / "notes.csv", [{"text": long, "label": "good"}, {"text": "short", "label": "bad"}])
+    assert [row["text"] for _, row in _texts.read_table(path)] == [long, "short"]
+    assert csv.field_size_limit() == usual
+    refused({"tasks": [str(write(tmp_path / "a.csv", 'text,label\na,"b\n'))]}, DataError, "broken CSV")
+    assert csv.field_size_limit() == usual
+
+
 def test_few_rows_are_divided_by_label(tmp_path: Path) -> None:
     path = write(tmp_path / "few.json", labelled(MOODS, 2))
     (e,) = made([str(path)], test_share=0.01).experiences
@@ -758,6 +768,18 @@ def test_files_that_are_not_as_they_should_be(data: Path, name: str, content: An
         ("a.csv", "text;label\na;b\n", "a.csv, line 2: has columns text;label; needs prompt and answer"),
         ("a.csv", 'text,label\na,"b\n', "broken CSV (unexpected end of data)"),
         ("a.csv", "", "a.csv: holds no rows"),
+        (
+            "a.csv",
+            "text,label\na,b\none, two,b\n",
+            "a.csv, line 3: has 3 columns, the header 2; put a text that holds a comma in quotes",
+        ),
+        ("a.csv", "text,label,text\na,b,c\n", "a.csv: column 'text' is there twice; rename one of them"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "b"}\n{"text": "a", "label": NaN}\n',
+            "a.jsonl, line 2: label = nan; every row needs a text there",
+        ),
+        ("a.json", '[{"text": "a", "label": -Infinity}]', "a.json, row 1: label = -inf; every row needs a text there"),
         ("a.parquet", "text", "a.parquet: cannot be read as parquet ("),
         ("a.json", [{"text": "a", "label": "b"}], "a.json: too few rows (1) to hold some out for testing"),
     ],
