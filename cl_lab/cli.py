@@ -361,12 +361,12 @@ def edit_score(
     from cl_lab.display import EditProgress
     from cl_lab.editing import score_facts
 
-    knobs = _knobs(settings or [])
+    chosen = _editor(editor, settings or [])
     folder = out or Path("runs") / f"edits-{editor.replace(':', '-')}-{facts.stem}"
     with EditProgress() as progress:
         document = score_facts(
             model,
-            {"name": editor, **knobs},
+            chosen,
             facts,
             folder,
             batch_size=batch_size,
@@ -453,7 +453,7 @@ def edit_init(
     gates = _knobs(gate or [])
     if wrong := [name for name, value in gates.items() if not isinstance(value, (int, float))]:
         raise ConfigError(f"--gate {wrong[0]}={gates[wrong[0]]}: must be a number")
-    made = Deployment.create(folder, model, {"name": editor, **_knobs(settings or [])}, gates)
+    made = Deployment.create(folder, model, _editor(editor, settings or []), gates)
     if as_json:
         _print_json(made.document | {"path": str(folder)})
         return
@@ -789,6 +789,14 @@ def _preview_table(prompt: str, seen: Mapping[str, Any]) -> Any:
         + "".join(f"\nabout: {subject}" for subject in seen["subjects"] if subject)
     )
     return table
+
+
+def _editor(name: str, settings: list[str]) -> dict[str, Any]:
+    """An editor's name and knobs, as :func:`cl_lab.registry.create` takes them."""
+    knobs = _knobs(settings)
+    if "name" in knobs:
+        raise ConfigError(f"'name={knobs['name']}': is no knob; name the editor with --editor {knobs['name']}")
+    return {"name": name, **knobs}
 
 
 def _knobs(settings: list[str]) -> dict[str, Any]:

@@ -209,10 +209,16 @@ _PROBES = ("reverse", "one_hop", "unrelated", "same_relation", "same_subject")
 _BETWEEN = " | "
 
 
+_MEANT = {"question": "prompt", "query": "prompt", "target": "answer", "new": "answer", "alias": "aliases"}
+"""What people call a field."""
+
+
 def _plain(record: Mapping[str, Any]) -> Edit:
     for key in record:
         if key not in _FIELDS:
-            raise _Bad(f"unknown key '{_short(key)}'{nearest(key, _FIELDS)}")
+            meant = _MEANT.get(key.strip().casefold())
+            hint = f"; did you mean '{meant}'?" if meant else nearest(key, _FIELDS)
+            raise _Bad(f"unknown key '{_short(key)}'{hint}")
     given: dict[str, Any] = {key: _optional(record, key) for key in _OPTIONAL}
     given |= {key: _texts(record, key) for key in _TEXTS}
     given |= {

@@ -535,6 +535,14 @@ def test_a_file_of_facts_is_looked_at_as_a_whole(tmp_path: Path) -> None:
     assert json.loads(cli("redo", place, "2", "--json")) == {"id": "2", "in_force": True, "events": 4}
 
 
+@pytest.mark.parametrize("words", [["init", "PLACE"], ["score", "facts.jsonl"]])
+def test_the_editor_is_named_by_its_option(tmp_path: Path, words: list[str]) -> None:
+    words = ["edit", *(str(tmp_path) if w == "PLACE" else w for w in words), "name=rome"]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception) == "'name=rome': is no knob; name the editor with --editor rome"
+
+
 def test_what_was_applied_is_told_where_a_later_fact_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, facts = tmp_path / "service", tmp_path / "facts.jsonl"
     cli("init", place, "lr=0.02", "steps=5", "contexts=0", "--model", "tiny", "--editor", "ft-m")

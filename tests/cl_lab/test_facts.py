@@ -452,6 +452,7 @@ def test_a_table_with_lists_in_its_cells(tmp_path: Path, name: str, by: str) -> 
         ('{"prompt": {"a": 1}, "answer": "b"}', "prompt is an object, not a text"),
         ('{"prompt": "a", "answer": "%s"}' % ("b" * 401), "answer has 401 characters, more than max_answer = 400"),
         ('{"prompt": "a", "anwser": "b"}', "unknown key 'anwser'; did you mean 'answer'?"),
+        ('{"question": "a", "answer": "b"}', "unknown key 'question'; did you mean 'prompt'?"),
         ('{"prompt": "a", "answer": "b", "old": 1}', "old is a number, not a text"),
         ('{"prompt": "a", "answer": "b", "paraphrases": "c"}', "paraphrases is a text, not a list"),
         ('{"prompt": "a", "answer": "b", "paraphrases": ["c", 1]}', "paraphrases[2] is a number, not a text"),
