@@ -324,7 +324,8 @@ class CausalLM(ModelSpec):
             vocabulary = stream.vocabulary
             if vocabulary is None:
                 vocabulary = max(highest, *(int(e.test.x.max()) for e in stream.experiences)) + 1
-            model = tiny_causal_lm(vocabulary, context=sum(stream.input_shape), **self._size())
+            # Editors read more than the stream's own texts: what they put before a prompt, and prompts of their own.
+            model = tiny_causal_lm(vocabulary, context=max(512, sum(stream.input_shape)), **self._size())
         else:
             model = load_causal_lm(self.weights, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         vocabulary, longest = model.get_output_embeddings().weight.shape[0], sum(stream.input_shape)
