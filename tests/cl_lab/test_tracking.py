@@ -87,6 +87,16 @@ def save_run(
     return run
 
 
+def send_run(folder: Path, uri: str, experiment: str, *, status: str) -> str:
+    """A run that began, ended with ``status`` and is with MLflow: its id there."""
+    tracker = Tracker.open(uri, experiment)
+    run_id = tracker.start_run(folder)
+    assert run_id is not None
+    save_run(folder, status=status)
+    tracker.finish()
+    return run_id
+
+
 def save_comparison(folder: Path, *, mean: float = 0.6) -> None:
     runs = [save_run(folder / "runs" / f"ewc-seed{s}", seed=s, status="failed" if s else "finished") for s in range(2)]
     row = {"strategy": "ewc (λ)", "seeds": [0, 1], "runs": runs, "reference": False}
@@ -187,10 +197,7 @@ def test_a_resumed_run_goes_on_under_its_id(store: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_status_and_error_of_a_failed_run(store: str, tmp_path: Path) -> None:
-    tracker = Tracker.open(store, "failed")
-    run_id = tracker.start_run(tmp_path)
-    save_run(tmp_path, status="failed")
-    tracker.finish()
+    run_id = send_run(tmp_path, store, "failed", status="failed")
     run = client(store).get_run(run_id)
     assert run.info.status == "FAILED"
     assert run.data.tags["cl_lab.error"] == "loss is nan; lower training.lr"
@@ -320,10 +327,7 @@ def test_push_a_comparison_once_and_complete_what_was_sent_in_part(store: str, t
 
 @pytest.mark.slow
 def test_push_sends_a_run_that_went_on_after_it_was_sent(store: str, tmp_path: Path) -> None:
-    tracker = Tracker.open(store, "went on")
-    run_id = tracker.start_run(tmp_path)
-    save_run(tmp_path, status="interrupted")
-    tracker.finish()
+    run_id = send_run(tmp_path, store, "went on", status="interrupted")
     assert read_note(tmp_path)["pushed"] is True
     assert push(tmp_path, store) == []
 
