@@ -38,6 +38,16 @@ class AdaptedLayer:
     """``α/r``."""
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by a weight matrix: torch's own layer, or GPT-2's (:func:`is_transposed`)."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is the linear layer of GPT-2, which keeps its weight as ``[inputs, outputs]``."""
+    return type(module).__name__ == "Conv1D"
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The layers of ``model`` that have an adapter, by path, in the model's order."""
     found: dict[str, AdaptedLayer] = {}

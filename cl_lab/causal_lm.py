@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_lab.adapters import LowRank, adapted_layers
+from cl_lab.adapters import LowRank, adapted_layers, is_linear, is_transposed
 from cl_lab.errors import ConfigError, nearest
 from cl_lab.hub import family_logits, load_causal_lm, short_text, shortened, tiny_causal_lm
 from cl_lab.knobs import knob
@@ -375,8 +375,13 @@ def add_adapters(
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    paths = linear_modules(model, targets, place)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_modules(model, targets, place)
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=paths,
+        fan_in_fan_out=any(is_transposed(model.get_submodule(path)) for path in paths),
     )
     inject_adapter_in_model(config, model)
     for layer in adapted_layers(model).values():
@@ -414,6 +419,7 @@ def save_adapters(adapters: Mapping[str, LowRank], model: nn.Module, folder: Pat
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(inside.values()),
+        fan_in_fan_out=any(is_transposed(model.get_submodule(f"{path}.base_layer")) for path in adapters),
         task_type="CAUSAL_LM",
         inference_mode=True,
         base_model_name_or_path=base,
@@ -460,7 +466,7 @@ def linear_modules(model: nn.Module, patterns: Sequence[str], place: str = _TARG
 
     Raises :class:`ConfigError` for a pattern that names none; ``place`` is the knob that it stood in.
     """
-    paths = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not _head_of(model)]
+    paths = [n for n, m in model.named_modules() if is_linear(m) and m is not _head_of(model)]
     found: dict[str, None] = {}
     for pattern in patterns:
         by_last = [path for path in paths if matching(pattern, [path.rpartition(".")[2]])]

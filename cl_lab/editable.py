@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cl_lab.adapters import is_linear, is_transposed
 from cl_lab.errors import ConfigError, DataError, nearest
 from cl_lab.hub import Tokenizer, Turn, family_logits, new_cache
 
@@ -173,13 +174,13 @@ class EditableModel:
         if path not in self._sites:
             modules = dict(self.model.named_modules())
             module = modules.get(path)
-            if module is None or not _is_linear(module):
-                known = [n for n, m in modules.items() if _is_linear(m)]
+            if module is None or not is_linear(module):
+                known = [n for n, m in modules.items() if is_linear(m)]
                 what = "is no linear layer of" if module is not None else "names nothing in"
                 raise ConfigError(f"module = '{path}': {what} model '{self.name}'{nearest(path, known)}")
             if module.weight is self.decoder.get_input_embeddings().weight:
                 raise ConfigError(f"module = '{path}': its weight is the embeddings', too; choose one within a layer")
-            self._sites[path] = Site(path, module, not isinstance(module, nn.Linear))
+            self._sites[path] = Site(path, module, is_transposed(module))
         return self._sites[path]
 
     def down_projection(self, layer: int) -> Site:
@@ -194,7 +195,7 @@ class EditableModel:
         found = [
             name
             for name, module in inside.module.named_modules()
-            if _is_linear(module) and _shape(module) == (width, inner)
+            if is_linear(module) and _shape(module) == (width, inner)
         ]
         if not found:
             raise ConfigError(
@@ -793,14 +794,9 @@ def _drop_hooks(module: nn.Module, owners: Sequence[Any]) -> None:
             named.pop(key, None)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    # GPT-2 has a linear layer of its own that keeps its weight the other way round.
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def _shape(module: Any) -> tuple[int, int]:
     out, into = module.weight.shape
-    return (out, into) if isinstance(module, nn.Linear) else (into, out)
+    return (into, out) if is_transposed(module) else (out, into)
 
 
 def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], past: _Past | None) -> dict[str, Any]:

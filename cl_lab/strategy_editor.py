@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cl_lab import checkpoint, knobs, registry, seeding
-from cl_lab.adapters import LowRank
+from cl_lab.adapters import LowRank, is_transposed
 from cl_lab.causal_lm import CausalBackbone, VocabularyHead, add_adapters, linear_modules
 from cl_lab.chain import Chain
 from cl_lab.config import RunConfig, parse
@@ -267,8 +267,8 @@ class StrategyEditor(Editor):
         with torch.no_grad():
             for path, (a, b) in before.items():  # the model's weights have all of that on them already
                 layer: Any = layers[path]
-                weight = layer.base_layer.weight
-                weight -= (b @ a).to(weight)
+                weight, change = layer.base_layer.weight, b @ a
+                weight -= (change.T if is_transposed(layer.base_layer) else change).to(weight)
         chain.load_state_dict(own)  # whoever made a copy of the model when asked for adapters made it too early
         return before
 
@@ -287,8 +287,8 @@ class StrategyEditor(Editor):
         changes = {}
         weights = dict(learner.model.named_parameters())
         for path in linear_modules(model.model, self.targets, "targets"):
-            new = weights[inside + path.removeprefix(f"{prefix}.") + ".weight"].detach()
-            change = (new.float() - model.site(path).weight.float()).cpu()
+            new, site = weights[inside + path.removeprefix(f"{prefix}.") + ".weight"].detach(), model.site(path)
+            change = ((new.T if site.transposed else new).float() - site.weight.float()).cpu()
             if change.any():
                 changes[path] = Delta(dense=change)
         return changes

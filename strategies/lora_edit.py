@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_lab import seeding
+from cl_lab.adapters import is_linear
 from cl_lab.editable import EditableModel, Rows, Site
 from cl_lab.errors import ConfigError, nearest
 from cl_lab.facts import Edit
@@ -96,7 +97,7 @@ def linear_layers(model: EditableModel, layer: int) -> list[Site]:
     whole = model.layer(layer)
     found = []
     for name, module in whole.module.named_modules():
-        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
+        if is_linear(module):
             found.append(model.site(f"{whole.path}.{name}"))
     if not found:
         raise ConfigError(f"model '{model.name}': layer {layer} has no linear layer; choose others (layers: [1, 2])")

@@ -15,6 +15,7 @@ from torch import Tensor
 from cl_lab import hub, seeding
 from cl_lab.adapters import LowRank, adapted_layers, beside, low_rank
 from cl_lab.causal_lm import save_adapters
+from cl_lab.compat import import_torchvision
 from cl_lab.errors import ConfigError
 from cl_lab.records import PAD, Batch, Stream
 from cl_lab.trainer import Trainer
@@ -90,6 +91,40 @@ def test_peft_answers_as_the_run_does(links: list[dict[str, Any]], tmp_path: Pat
     keeps = links[-1]["name"] in ("lora-inc", "olora", "lora-merge", "reglora")
     assert config["r"] == config["lora_alpha"] == (9 if keeps else 3), "the one that has just begun is left out"
     assert config["base_model_name_or_path"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        [{"name": "naive"}],
+        [{"name": "lora-inc"}],
+        [{"name": "ilora", "memory": 30, "decay": 0.9}],
+        [{"name": "reglora", "strength": 1.0}],
+    ],
+    ids=str,
+)
+def test_so_does_a_gpt2(links: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Its linear layers keep their weights as ``[inputs, outputs]``."""
+    import_torchvision()
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=None, eos_token_id=None)).save_pretrained(tmp_path / "gpt2")
+    made, on = done(links, weights=str(tmp_path / "gpt2"), lora_targets=["c_attn", "c_fc"])
+    assert len(adapted_layers(made.learner.model)) == 4
+    batch = whole_prompts(on)
+    made.learner.model.eval()
+    with torch.no_grad():
+        ours = made.strategy.predict(batch, made.learner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of PEFT's, about a layout that it had to guess
+        save_adapters(made.strategy.adapters(made.learner), made.learner.model, tmp_path / "out")
+        base = hub.load_causal_lm(str(tmp_path / "gpt2"))
+        untouched, known = logits_of(base, batch, ours.shape[1])
+        theirs, _ = logits_of(with_adapters(base, tmp_path / "out"), batch, ours.shape[1])
+    assert torch.allclose(ours[known], theirs[known], atol=1e-5, rtol=1e-5)
+    assert (ours[known] - untouched[known]).abs().max() > 0.1, "the adapters matter"
 
 
 def test_in_the_middle_of_an_experience_the_present_adapter_is_one_more(tmp_path: Path) -> None:

@@ -183,17 +183,42 @@ def test_factors_of_low_rank_are_as_few_as_can_be() -> None:
     assert ranks("lora-inc") == [2, 2, 2], "adapters of the past stand still"
 
 
-def test_a_gpt2() -> None:
+def gpt2() -> EditableModel:
+    """A model whose linear layers keep their weights the other way round."""
     import_torchvision()
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    plain = GPT2LMHeadModel(
-        GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=192, resid_pdrop=0, embd_pdrop=0)
-    ).eval()
-    model = EditableModel(plain, BYTES, "gpt2")
-    with pytest.raises(ConfigError, match=r"^targets: 'c_proj' matches no linear layer"):
-        editor("naive", adapt="full", targets=["c_proj"]).propose(model, EDITS)
+    shape = {"vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 192}
+    none = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    return EditableModel(GPT2LMHeadModel(GPT2Config(**shape, **none)).eval(), BYTES, "gpt2")
+
+
+def losses(model: EditableModel, edits: list[Edit]) -> Tensor:
+    """What the model makes of each edit's answer: the sum of the negative log-probabilities of its tokens ``[E]``."""
+    rows = model.rows([(model.encode_prompt(e.prompt), model.encode_answer(e.answer)) for e in edits])
+    each = -model.logits(rows).log_softmax(1).gather(1, rows.labels[:, None]).squeeze(1)
+    return torch.stack([part.sum() for part in each.split((rows.length - rows.prompt).tolist())])
+
+
+@pytest.mark.parametrize("adapt", ["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_patch_makes_what_was_learnt_of_the_model(family: str, adapt: str) -> None:
+    model, targets = (gpt2(), ["c_attn", "c_proj"]) if family == "gpt2" else (editable(), ["q_proj", "down_proj"])
+    kept = weights(model)
+    made = editor("naive", adapt=adapt, targets=targets, lr=0.05, steps=20)
+    patches = []
+    for edits in (EDITS, MORE):
+        patches.append(made.propose(model, edits))
+        before = losses(model, edits)
+        patches[-1].apply(model)
+        after = losses(model, edits)
+        assert float(after.mean()) < float(before.mean())
+        answers = [len(model.encode_answer(e.answer)) for e in edits]
+        assert patches[-1].notes["loss"] == pytest.approx(float((after / torch.tensor(answers)).mean()), abs=1e-4)
+    for patch in reversed(patches):
+        patch.revert(model)
+    assert not toys.differing(kept, weights(model))
 
 
 # -- patches come and go ---------------------------------------------------------------------------------------------
@@ -221,10 +246,11 @@ def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert all(torch.equal(t, two.tensors()[name]) for name, t in one.tensors().items())
 
 
-def test_it_begins_at_the_model_as_it_stands() -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_it_begins_at_the_model_as_it_stands(family: str) -> None:
     """Also where an older patch was taken away, and another editor's lies beside."""
-    made = editor("replay", memory=5)
-    model = editable()
+    made = editor("replay", memory=5, **({"targets": ["c_proj", "c_attn"]} if family == "gpt2" else {}))
+    model = gpt2() if family == "gpt2" else editable()
     first, _, _ = laid(model, made, EDITS, MORE, LAST)
     first.revert(model)
     beside = registry.create("editors", {"name": "ft-m", "lr": 0.02, "steps": 5}, "editor").propose(model, MORE)
@@ -239,11 +265,8 @@ def test_it_begins_at_the_model_as_it_stands() -> None:
     assert all(change.b.any() for change in before.values())
     assert stream.answers is not None
     said = stream.answers[stream.experiences[0].train.y]
-    rows = model.rows([(model.encode_prompt(e.prompt), model.encode_answer(e.answer)) for e in EDITS])
-    wanted = model.logits(rows).log_softmax(1).gather(1, rows.labels[:, None]).squeeze(1)
     found = learner.log_likelihoods(stream.experiences[0].train, said, 8)
-    each = torch.stack([part.sum() for part in wanted.split((rows.length - rows.prompt).tolist())])
-    assert torch.allclose(found, each.double(), atol=1e-4)
+    assert torch.allclose(-found, losses(model, EDITS).double(), atol=1e-4)
 
 
 def test_side_memories_neither_train_nor_go_along() -> None:
