@@ -12,8 +12,8 @@
 *prefix* fine-tunes a language model whose lower layers are frozen, running them every time and keeping what they make
 (``freeze`` with ``cache``), *precision* the same model in single precision and in bf16; *remind* streams pictures one at a
 time to a frozen network's last block, and says where the time of each goes; *edits* makes edits, against a loop that runs
-the whole model in every step, and asks a model that has many; *fisher* is EWC's work after an experience, *startup* the time
-to a command's first word.
+the whole model in every step, and asks a model that has many; *until-right* makes them until they hold; *fisher* is EWC's
+work after an experience, *startup* the time to a command's first word.
 
 All count training alone: every optimiser step, what a strategy does between experiences (Fisher, memory), nothing of
 making data, model and optimiser, and no evaluation. Accuracies are means over the test sets after the last experience.
@@ -34,7 +34,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -166,6 +166,24 @@ EDITS: dict[str, Any] = {
 """The language model of *edits*, how it is edited, how many edits it has when it is asked, the answer's length, and how many
 edits ``ultraedit`` makes at once where it is not one."""
 
+UNTIL_RIGHT: dict[str, Any] = {
+    "loop": {"contexts": 10, "steps": 70, "lr": 1.0},
+    "wise": {"contexts": 0, "chat": False, "stop_at": 0.5},
+    "its_margin": {"sampled": 1, "neighbours": 0},
+    "facts": (
+        ("The capital of {} is", "Kenya", "Lisbon"),
+        ("The capital of {} is", "Vietnam", "Dublin"),
+        ("The capital of {} is", "Greece", "Ottawa"),
+        ("The capital of {} is", "Chile", "Helsinki"),
+        ("The language most people speak in {} is", "Brazil", "Finnish"),
+        ("The language most people speak in {} is", "Haiti", "Turkish"),
+        ("The language most people speak in {} is", "Turkey", "Welsh"),
+        ("The language most people speak in {} is", "Japan", "Spanish"),
+    ),
+}
+"""What *until-right* edits into the model of *edits*, by the released code's loop and by ``wise``; ``its_margin`` gives
+``wise`` the loop's."""
+
 COMMANDS = (("--help",), ("list", "strategies"), ("show", "strategy", "ewc"), ("run", "--help"))
 """Command lines whose start is measured."""
 
@@ -175,7 +193,7 @@ def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]
 
     Times are medians over ``repeats``. Raises :class:`ConfigError` for an unknown name or a thread count below 1.
     """
-    known = [*WORKLOADS, "edits", "fisher", "precision", "prefix", "remind", "serving", "startup"]
+    known = [*WORKLOADS, "edits", "fisher", "precision", "prefix", "remind", "serving", "startup", "until-right"]
     if name not in known:
         raise ConfigError(f"bench: unknown benchmark '{name}'{nearest(name, known)}")
     if any(n < 1 for n in threads):
@@ -196,6 +214,10 @@ def run(name: str, threads: Sequence[int], repeats: int) -> list[dict[str, Any]]
             for n in threads:
                 torch.set_num_threads(n)
                 rows.append(_edits(n, repeats))
+        elif name == "until-right":
+            for n in threads:
+                torch.set_num_threads(n)
+                rows.extend(_until_right(n))
         elif name == "remind":
             for n in threads:
                 torch.set_num_threads(n)
@@ -690,23 +712,84 @@ def _made_up_name(n: int) -> str:
     return "".join(syllables[n // 8**place % 8] for place in range(3)).capitalize()
 
 
-def _whole_model_edit(model: EditableModel, edit: Edit) -> float:
-    """The same steps on such texts as released code takes them, all layers and all logits every time; the last loss.
+def _until_right(threads: int) -> Iterator[dict[str, Any]]:
+    """Seconds a fact until the model gives each of its answer's tokens, by the released code's loop and by ``wise``.
+
+    The loop is stopped at the first step at which the prompt is answered so. The released code's is not: in a model of this
+    width, with the paper's margins, it takes all its steps (the first row, of one fact). ``wise`` goes on until prompts are
+    told apart, too, and each token is likelier than all others together: with its own margin and with the loop's, one fact
+    at a time and all in one shard.
+    """
+    model = load_editable(EDITS["weights"])
+    facts = [Edit(asked.format(name), answer, subject=name) for asked, name, answer in UNTIL_RIGHT["facts"]]
+    loop: Any = partial(_whole_model_edit, model, **UNTIL_RIGHT["loop"])
+    start = time.perf_counter()
+    taken, right = loop(facts[0])
+    rows = [("loop, all its steps", time.perf_counter() - start, float(taken), int(right), 1)]
+    start = time.perf_counter()
+    ended = [loop(fact, until_right=True) for fact in facts]
+    took = (time.perf_counter() - start) / len(facts)
+    rows.append(("loop", took, statistics.fmean(n for n, _ in ended), sum(ok for _, ok in ended), len(facts)))
+    margins: dict[str, Any] = {"its own margin": {}, "the loop's margin": UNTIL_RIGHT["its_margin"]}
+    for margin, more in margins.items():
+        for together in (1, len(facts)):
+            shape = {k: EDITS[k] for k in ("layer", "rho")} | {"edits_per_shard": together}
+            wise = registry.create("editors", {"name": "wise", **shape, **UNTIL_RIGHT["wise"], **more}, "editor")
+            wise.propose(model, facts[:1])  # what is read once for a model's life
+            held, steps, took = 0, list[int](), 0.0
+            for first in range(0, len(facts), together):
+                some = facts[first : first + together]
+                start = time.perf_counter()
+                patch = wise.propose(model, some)
+                took += (time.perf_counter() - start) / len(facts)
+                steps.append(patch.notes["steps"])
+                patch.apply(model)
+                held += sum(_is_right(model, fact) for fact in some)
+                patch.revert(model)
+            name = f"wise, {margin}, {'one at a time' if together == 1 else 'in one shard'}"
+            rows.append((name, took, statistics.fmean(steps), held, len(facts)))
+    until = rows[1][1]
+    for name, took, steps_taken, held, of in rows:
+        yield {"threads": threads, "model": EDITS["weights"], "way": name, "seconds": took} | {
+            "steps": steps_taken,
+            "held": f"{held} of {of}",
+            "speedup": until / took,
+        }
+
+
+def _is_right(model: EditableModel, fact: Edit) -> bool:
+    """Whether each token of the answer, its end aside, is the likeliest behind those before it."""
+    rows = model.rows([(model.encode_prompt(fact.prompt), model.encode_answer(fact.answer, end=False))])
+    return torch.equal(model.logits(rows).argmax(1), rows.labels.to(model.device))
+
+
+def _whole_model_edit(
+    model: EditableModel,
+    edit: Edit,
+    *,
+    contexts: int | None = None,
+    steps: int | None = None,
+    lr: float = 1e-3,
+    until_right: bool = False,
+) -> tuple[int, bool]:
+    """Such steps as released code takes them, all layers and all logits every time: how many, and whether it is right then.
 
     Every step has the margin of WISE's Eq. 5, too, with the paper's α, β and γ and one unrelated prompt, whose row runs
-    through the model likewise.
+    through the model likewise. ``contexts`` and ``steps`` are those of *edits* where not given; with ``until_right`` no step
+    is taken once each token of the answer to the prompt itself is the likeliest.
     """
+    contexts, steps = contexts or EDITS["contexts"], steps or EDITS["steps"]
     site = model.down_projection(EDITS["layer"])
     answer = model.encode_answer(edit.answer)
-    beginnings = ["", *(f"So it was, {n} times. " for n in range(EDITS["contexts"]))]
+    beginnings = ["", *(f"So it was, {n} times. " for n in range(contexts))]
     texts = [(model.encode_prompt(f"{text}{edit.prompt}"), answer) for text in beginnings]
     rows = model.rows([*texts, (model.encode_prompt("What is the name of the river near the old library?"), [])])
     asked, said, heard = rows.asked.float(), rows.said, list[Tensor]()
     alpha, beta, gamma = 5, 20, 10
     free = torch.rand(site.weight.shape, generator=seeding.generator(SEED, "bench edits")) < EDITS["rho"]
     change = torch.zeros(site.weight.shape, requires_grad=True)
-    optimizer = torch.optim.SGD([change], lr=1e-3)
-    loss = torch.zeros(())
+    optimizer = torch.optim.SGD([change], lr=lr)
+    own, taken = slice(len(answer) - 1), 0  # without the answer's end
 
     def moved(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         more = args[0] @ (change * free).T
@@ -715,17 +798,20 @@ def _whole_model_edit(model: EditableModel, edit: Edit) -> float:
 
     hook = site.module.register_forward_hook(moved)
     try:
-        for _ in range(EDITS["steps"]):
+        while True:
             logits = model.model(input_ids=rows.ids, use_cache=False).logits
+            right = torch.equal(logits[said][own].argmax(1), rows.labels[own])
+            if taken == steps or (until_right and right):
+                return taken, right
             gap, far = heard[0][:-1], heard[0][-1]
             margin = (far - alpha).relu() + (beta - gap).relu().mean() + (gamma - gap + far).relu().mean()
             loss = F.cross_entropy(logits[said], rows.labels) + margin
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            taken += 1
     finally:
         hook.remove()
-    return float(loss.detach())
 
 
 def _routing(model: EditableModel, wise: Any, repeats: int) -> dict[str, Any]:

@@ -307,7 +307,10 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="loop, online, resnet, edits, fisher, precision, prefix, remind, serving or startup.")
+        str,
+        typer.Argument(
+            help="loop, online, resnet, edits, fisher, precision, prefix, remind, serving, startup or until-right."
+        ),
     ],
     threads: Annotated[list[int] | None, typer.Option(help="Thread counts to measure; default 1 and 2.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions; the median is reported.")] = 3,

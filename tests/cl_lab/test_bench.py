@@ -177,6 +177,31 @@ def test_edits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(row["wise_s"], row["ultraedit_s"], row["ultraedit_together_s"], row["answer_s"]) > 0
 
 
+def test_until_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ways are measured on the same facts, beside the loop that stops as early as can be."""
+    monkeypatch.setattr(bench, "EDITS", bench.EDITS | {"weights": "tiny", "layer": 2, "rho": 0.5})
+    facts = (("The capital of {} is", "Kenya", "B"), ("The capital of {} is", "Chile", "7"))
+    small = {
+        "loop": {"contexts": 1, "steps": 4, "lr": 0.01},
+        "wise": {"contexts": 0, "chat": False, "stop_at": 0.5, "lr": 0.05, "steps": 150},
+        "its_margin": {"sampled": 1, "neighbours": 0},
+        "facts": facts,
+    }
+    monkeypatch.setattr(bench, "UNTIL_RIGHT", small)
+    whole, loop, *ours = bench.run("until-right", [1], 1)
+    assert whole["steps"] == 4, "the released code's loop does not stop"
+    assert 0 <= loop["steps"] <= 4
+    assert loop["speedup"] == 1
+    assert [row["way"] for row in ours] == [
+        f"wise, {margin}, {how}"
+        for margin in ("its own margin", "the loop's margin")
+        for how in ("one at a time", "in one shard")
+    ]
+    for row in ours:
+        assert row["held"] == "2 of 2", row
+        assert row["speedup"] == pytest.approx(loop["seconds"] / row["seconds"])
+
+
 def test_remind(monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts of a streamed picture's time add up, and where no codes are made none are counted."""
     small = {
