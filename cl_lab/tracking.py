@@ -44,6 +44,7 @@ log = logging.getLogger("cl_lab")
 STATUSES = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "running": "RUNNING"}
 """The status of a run on disk, and what MLflow calls it."""
 
+_ERROR = "cl_lab.error"
 _PROBE_SECONDS = 3.0
 _LOCKED_SECONDS = 60.0  # how long to wait for other processes that write to the same sqlite file
 _FLUSH_POINTS = 500
@@ -322,6 +323,8 @@ class Tracker:
         elif comparison:
             self._send_points(list(_summary_of_comparison(comparison)), latest=True)
         self._send_tags(_tags_of(run or comparison, environment))
+        if self._continued and not run.get("error") and _ERROR in self._client.get_run(self.run_id).data.tags:
+            self._client.delete_tag(self.run_id, _ERROR)  # of an earlier attempt
         if run.get("fingerprint"):
             self._send_dataset(str(run.get("scenario", "stream")), str(run["fingerprint"]))
         state = status or run.get("status") or ("finished" if comparison else "running")

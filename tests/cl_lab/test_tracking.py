@@ -327,7 +327,8 @@ def test_push_a_comparison_once_and_complete_what_was_sent_in_part(store: str, t
 
 @pytest.mark.slow
 def test_push_sends_a_run_that_went_on_after_it_was_sent(store: str, tmp_path: Path) -> None:
-    run_id = send_run(tmp_path, store, "went on", status="interrupted")
+    run_id = send_run(tmp_path, store, "went on", status="failed")
+    assert "cl_lab.error" in client(store).get_run(run_id).data.tags
     assert read_note(tmp_path)["pushed"] is True
     assert push(tmp_path, store) == []
 
@@ -336,6 +337,7 @@ def test_push_sends_a_run_that_went_on_after_it_was_sent(store: str, tmp_path: P
     run = client(store).get_run(run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["cl_lab.resumed"] == "1"
+    assert "cl_lab.error" not in run.data.tags
     history = client(store).get_metric_history(run_id, "accuracy/exp_0")
     assert [(m.step, m.value) for m in history] == [(0, 0.9), (1, 0.5), (2, 0.3)]
     assert push(tmp_path, store) == []
