@@ -352,7 +352,6 @@ def load_causal_lm(name: str, *, dtype: str = "float32", trust_remote_code: bool
             model, found = _transformers().AutoModelForCausalLM.from_pretrained(
                 place,
                 dtype=getattr(torch, dtype),
-                attn_implementation="sdpa",
                 use_safetensors=None if trust_remote_code else True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
@@ -588,7 +587,7 @@ def _read_gguf(file: Path) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # What was read keeps a quantiser that refuses training and saving; a fresh model of the same weights does not.
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=read.dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=read.dtype)
     model.load_state_dict(read.state_dict())
     return model
 

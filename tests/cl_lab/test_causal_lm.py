@@ -347,8 +347,10 @@ def test_other_weights_have_a_size_of_their_own(knob: str) -> None:
 def test_long_texts_widen_a_tiny_model() -> None:
     on = toys.stream(form="texts")
     assert hub.tiny_causal_lm(40, context=700).config.max_position_embeddings == 700
-    built = registry.create("models", TINY, "model").build(on)
-    assert built.backbone.model.config.max_position_embeddings == sum(on.input_shape)
+    spec = registry.create("models", TINY, "model")
+    assert spec.build(on).backbone.model.config.max_position_embeddings == 512, "editors read more than the stream has"
+    long = replace(on, input_shape=(700,))
+    assert spec.build(long).backbone.model.config.max_position_embeddings == 700
 
 
 def test_ranks_that_share_parameters_must_ask_alike(monkeypatch: pytest.MonkeyPatch) -> None:

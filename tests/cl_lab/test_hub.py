@@ -21,6 +21,7 @@ from torch import nn
 
 from cl_lab import cli, hub
 from cl_lab.compat import import_torchvision
+from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, UserError
 
@@ -168,6 +169,38 @@ def test_a_folders_model_is_what_was_saved(folder: Path) -> None:
     with pytest.raises(ConfigError) as error:
         hub.load_causal_lm(str(folder), dtype="float33")
     one_line(error, "dtype = 'float33'", "did you mean 'float32'?")
+
+
+def test_a_family_whose_attention_torch_has_not_brings_its_own(tmp_path: Path) -> None:
+    """Gemma 2 squeezes what its attention looks at."""
+    import_torchvision()
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    none = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = Gemma2Config(
+        vocab_size=257,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=8,
+        attn_logit_softcapping=0.5,
+        **shape,
+        **none,
+    )
+    torch.manual_seed(0)
+    saved = Gemma2ForCausalLM(config).eval()
+    saved.save_pretrained(tmp_path)
+    model: Any = hub.load_causal_lm(str(tmp_path))
+    text = b"The capital of Peru is"
+    with torch.no_grad():
+        assert torch.equal(model(torch.tensor([list(text)])).logits, saved(torch.tensor([list(text)])).logits)
+    editable = EditableModel(model, hub.load_tokenizer("bytes"), "gemma2")
+    (said,) = editable.write([text.decode()], tokens=12, top_k=1)
+    read = list(text)
+    for _ in range(12):
+        with torch.no_grad():
+            read.append(int(saved(torch.tensor([read]), use_cache=False).logits[0, -1, :256].argmax()))
+    assert said == editable.tokenizer.decode(read[len(text) :]).strip()
 
 
 def test_the_token_a_model_pads_with_learns_like_any_other(folder: Path) -> None:
