@@ -778,7 +778,8 @@ def _whole_model_edit(
     through the model likewise. ``contexts`` and ``steps`` are those of *edits* where not given; with ``until_right`` no step
     is taken once each token of the answer to the prompt itself is the likeliest.
     """
-    contexts, steps = contexts or EDITS["contexts"], steps or EDITS["steps"]
+    contexts = EDITS["contexts"] if contexts is None else contexts
+    steps = EDITS["steps"] if steps is None else steps
     site = model.down_projection(EDITS["layer"])
     answer = model.encode_answer(edit.answer)
     beginnings = ["", *(f"So it was, {n} times. " for n in range(contexts))]
