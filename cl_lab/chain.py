@@ -59,6 +59,14 @@ class Chain:
             choosers = [n for n, s in zip(names, links, strict=True) if any(s is a for a in self._active[hook])]
             if len(choosers) > 1:
                 raise ConfigError(f"strategy chain: {' and '.join(choosers)} both {what}; keep one of them")
+        replacing = [n for n, s in zip(names, links, strict=True) if s.replaces_loss]
+        if len(replacing) > 1:
+            raise ConfigError(
+                f"strategy chain: {' and '.join(replacing)} both put a loss of their own in place of the training loss; "
+                "keep one of them"
+            )
+        # What replaces the training loss takes it away, and finds it whole only where none has scaled it before.
+        self._active["adjust_loss"].sort(key=lambda link: not link.replaces_loss)
         self.told = stream.boundaries
         """Whether the links hear where an experience begins and ends."""
         for name, link in zip(names, links, strict=True):

@@ -178,6 +178,14 @@ class Strategy:
         """Knobs under which the conformance suite can run this strategy on a toy stream and an MLP."""
         return {}
 
+    @property
+    def replaces_loss(self) -> bool:
+        """Whether :meth:`adjust_loss` takes the training loss of some rows away to put another in its place.
+
+        In a chain only one may, and it comes first: what others have scaled could not be taken away.
+        """
+        return False
+
     def prepare(self, model: nn.Module, stream: Stream) -> nn.Module:
         """Change the model before the engine wraps it (adapters, splitting); returns the model to train."""
         return model
@@ -205,7 +213,7 @@ class Strategy:
         return None
 
     def adjust_loss(self, loss: Tensor, *, batch: Batch, outputs: Tensor, learner: Learner) -> Tensor:
-        """Add terms that need the graph (distillation, margins)."""
+        """Add terms that need the graph (distillation, margins), or put others in its place (:attr:`replaces_loss`)."""
         return loss
 
     def observe_outputs(self, batch: Batch, outputs: Tensor, learner: Learner) -> None:

@@ -76,6 +76,10 @@ class Dark(Rehearsal):
         size = self.replay_batch_size or learner.training_batch_size
         return torch.randperm(len(self._memory), generator=learner.rng)[:size]
 
+    @property
+    def replaces_loss(self) -> bool:
+        return True
+
     def adjust_loss(self, loss: Tensor, *, batch: Batch, outputs: Tensor, learner: Learner) -> Tensor:
         stored = batch.extra.get("logits")
         if stored is None:

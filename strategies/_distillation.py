@@ -24,6 +24,7 @@ class Teacher:
     def __init__(self) -> None:
         self._module: nn.Module | None = None
         self._given: set[str] = set()  # names of what was not trained when it was taken
+        self._running: set[str] = set()  # names of its buffers
         self._restored: State = {}  # weights of a checkpoint, until they are needed
         # Weights held in 16 bits that follow others, in 32: a small share of a way is less than these round to.
         self._exact: dict[str, Tensor] = {}
@@ -61,10 +62,9 @@ class Teacher:
     def buffers_of(self, learner: Learner) -> dict[str, Tensor]:
         """The model's buffers by name, copied, on its own device; all ranks take part."""
         own = self._ready(learner)
-        saved = own.state_dict()
-        buffers = {name: buffer for name, buffer in own.named_buffers() if name in saved}
-        if not buffers:  # gathering the weights is not free
+        if not self._running:  # gathering the weights is not free
             return {}
+        buffers = {name: buffer for name, buffer in own.named_buffers() if name in self._running}
         weights = learner.weights()
         return {name: weights[name].to(buffer) for name, buffer in buffers.items()}
 
@@ -108,6 +108,7 @@ class Teacher:
         made = self._module = learner.replica()
         parameters = made.state_dict(keep_vars=True).items()
         self._given = {n for n, p in parameters if isinstance(p, nn.Parameter) and not p.requires_grad}
+        self._running = {n for n, p in parameters if not isinstance(p, nn.Parameter)}
         return made.requires_grad_(False)
 
     def state_dict(self) -> State:

@@ -53,6 +53,10 @@ class ERACE(Rehearsal):
         drawn = self.draw(learner)
         return join(batch, drawn, weights_of((1, len(batch)), (1, len(drawn["y"]))))
 
+    @property
+    def replaces_loss(self) -> bool:
+        return True
+
     def adjust_loss(self, loss: Tensor, *, batch: Batch, outputs: Tensor, learner: Learner) -> Tensor:
         assert self._allowed is not None
         present, seen = self._allowed

@@ -82,6 +82,10 @@ class ICaRL(Strategy):
             return experience.train
         return TensorData.concat([experience.train, self._exemplars])
 
+    @property
+    def replaces_loss(self) -> bool:
+        return self.loss != "cross-entropy"
+
     def adjust_loss(self, loss: Tensor, *, batch: Batch, outputs: Tensor, learner: Learner) -> Tensor:
         if self.loss == "cross-entropy":
             return loss

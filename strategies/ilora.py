@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cl_lab.adapters import LowRank
@@ -17,6 +16,9 @@ from cl_lab.records import Batch, Objective, State
 
 from ._distillation import Teacher, answer_places
 from ._rehearsal import Rehearsal, join
+
+_STATISTICS_EVERY = 10
+"""Steps between two looks at the fast model's running statistics, for the slow states that guide the fast ones."""
 
 
 @dataclass
@@ -58,7 +60,8 @@ class ILoRA(Rehearsal):
 
     _slow: Teacher = field(default_factory=Teacher, init=False, repr=False)
     _steps: int = field(default=0, init=False, repr=False)
-    _looked: int = field(default=-1, init=False, repr=False)  # not state: the step whose buffers the slow model has
+    _looked: int = field(default=-1, init=False, repr=False)  # not state: the step whose buffers are lent
+    _lent: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # not state
     _share: float = field(default=0.0, init=False, repr=False)  # not state: of remembered rows in the present batch
 
     @classmethod
@@ -78,12 +81,14 @@ class ILoRA(Rehearsal):
         return mixed
 
     def adjust_loss(self, loss: Tensor, *, batch: Batch, outputs: Tensor, learner: Learner) -> Tensor:
-        start = batch.current  # what another strategy rehearses has no mark
-        if start == len(batch) or "remembered" not in batch.extra or self.strength == 0:
+        if batch.current == len(batch) or "remembered" not in batch.extra or self.strength == 0:
             return loss
-        old = Batch(batch.x[start:], batch.y[start:], batch.t[start:], 0, epoch=batch.epoch, raw=batch.raw)
+        rows = batch.extra["remembered"].nonzero().squeeze(1)  # what another strategy rehearses has no mark
+        if not len(rows):
+            return loss
+        old = Batch(batch.x[rows], batch.y[rows], batch.t[rows], 0, epoch=batch.epoch, raw=batch.raw)
         slow = self._slow.outputs_and_features(old, learner)[1]
-        fast = learner.features(batch)[start:].float()
+        fast = learner.features(batch)[rows].float()
         if fast.dim() == 3:  # the longest answer of the whole batch may be longer than the memory's
             fast = fast[:, : slow.shape[1]]
         apart = slow - fast
@@ -94,21 +99,23 @@ class ILoRA(Rehearsal):
             said = answer_places(old, learner)[:, : distance.shape[1]]
             distance = (distance * said).sum(1) / said.sum(1)
         # A mean over the remembered rows of the whole step, as one over all rows, most of them zero.
-        return loss + self.strength * learner.average(F.pad(distance / self._share, (start, 0)), batch)
+        each = distance.new_zeros(len(batch)).index_copy(0, rows, distance / self._share)
+        return loss + self.strength * learner.average(each, batch)
 
     def after_step(self, learner: Learner) -> None:
         self._steps += 1
         if self.variant == "paper":
             decay = min(1 - 1 / (self._steps + 1), self.decay) if self.warm_up else self.decay
             self._slow.follow(learner, 1 - decay)
+        if self._steps % _STATISTICS_EVERY == 0:
+            self._slow.take_buffers(learner)
 
     def predict(self, batch: Batch, learner: Learner) -> Tensor:
         if self.serve == "fast" or not self._slow:
             return learner.forward(batch)
         if self._looked != self._steps:
-            self._slow.take_buffers(learner)
-            self._looked = self._steps
-        return self._slow.outputs(batch, learner)
+            self._looked, self._lent = self._steps, self._slow.buffers_of(learner)
+        return self._slow.outputs(batch, learner, self._lent)
 
     def other_answers(self, learner: Learner) -> Mapping[str, Callable[[Batch], Tensor]]:
         """Those of the weights that do not serve."""
@@ -116,7 +123,7 @@ class ILoRA(Rehearsal):
             return {}
         if self.serve == "slow":
             return {"fast": learner.forward}
-        # Running statistics are the fast model's, lent: what the slow one has of its own takes part in training.
+        # Running statistics are lent: what the slow model has of its own takes part in training.
         buffers = self._slow.buffers_of(learner)
         return {"slow": lambda batch: self._slow.outputs(batch, learner, buffers)}
 
@@ -132,5 +139,5 @@ class ILoRA(Rehearsal):
         super().load_state_dict(state)
         steps = state["steps"]
         assert isinstance(steps, int)
-        self._steps = steps
+        self._steps, self._looked = steps, -1
         self._slow.load_state_dict(state["slow"])

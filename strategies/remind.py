@@ -364,6 +364,10 @@ class Remind(Strategy):
             met = met - 1
         return float((self.lr_start * gamma ** (met.clamp(min=0, max=self.lr_samples) // self.lr_step)).mean())
 
+    @property
+    def replaces_loss(self) -> bool:
+        return self.mixup > 0
+
     def adjust_loss(self, loss: Tensor, *, batch: Batch, outputs: Tensor, learner: Learner) -> Tensor:
         if "share" not in batch.extra:
             return loss

@@ -133,6 +133,24 @@ def test_two_choosers_clash() -> None:
         Chain([Chooser(), Strategy(), Chooser()], ["one", "naive", "two"], on)
 
 
+@pytest.mark.parametrize("replacing", ["er-ace", "der", "icarl"])
+def test_a_loss_is_replaced_before_it_is_scaled(replacing: str) -> None:
+    """Whatever order they are given in; the other way round training would go up what is left of the loss."""
+    links = [{"name": replacing, "memory": 20}, {"name": "lwf", "weighting": "experiences"}]
+    weights = []
+    for order in (links, links[::-1]):
+        trainer = toys.trainer(order, toys.stream(), training={"epochs": 3})
+        record = trainer.run()
+        assert all(0 <= p["loss"] < 20 for p in record.losses)
+        weights.append(toys.weights_of(trainer))
+    assert not toys.differing(*weights)
+
+
+def test_one_loss_is_put_in_place_of_the_training_loss() -> None:
+    with pytest.raises(ConfigError, match=r"^strategy chain: icarl and er-ace both put a loss of their own in place"):
+        toys.trainer([{"name": "icarl", "memory": 20}, {"name": "er-ace", "memory": 20}], toys.stream())
+
+
 def test_boundaries_are_asked_for() -> None:
     assert Chain([Strategy(), Needy()], ["naive", "needy"], toys.stream()).reference
     with pytest.raises(ConfigError, match=r"^strategy 'needy' needs to know where an experience ends"):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import toys
-from torch import nn
+from torch import Tensor, nn
 
 from cl_lab import checkpoint
 from cl_lab.compat import use_freed_memory_again
@@ -151,6 +151,39 @@ def test_early_stopping_takes_the_best_epoch_and_never_the_test_set() -> None:
     assert len(validated) == record.steps // 5, "one look per epoch"
     assert len([n for n in scored if n == 40]) == 3 * 2, "test sets are scored once per row"
     assert record.matrix[0][0] > 0.9
+
+
+@pytest.mark.parametrize(
+    "link", [{"name": "si"}, {"name": "ilora", "memory": 20, "decay": 0.5}], ids=lambda k: k["name"]
+)
+def test_what_a_strategy_follows_goes_back_with_the_best_weights(link: dict[str, Any]) -> None:
+    """An experience that patience ended is one that ended with its best epoch: slow weights, importance along the path."""
+    on = toys.stream(experiences=1)
+    settings = {"validation": 0.25, "lr": 0.5, "batch_size": 8}
+
+    def state_of(done: Trainer) -> dict[str, Tensor]:
+        return checkpoint.flatten(done.strategy.state_dict())[0]
+
+    patient = toys.trainer([link], on, training=settings | {"epochs": 50, "patience": 4})
+    taken = patient.run().losses[-1]["epoch"] + 1
+    assert taken < 50
+    for epochs in range(1, taken):
+        plain = toys.trainer([link], on, training=settings | {"epochs": epochs})
+        plain.run()
+        if not toys.differing(toys.weights_of(patient), toys.weights_of(plain)):
+            break
+    else:
+        pytest.fail("the weights are those of no epoch before the last")
+    assert not toys.differing(state_of(patient), state_of(plain))
+
+
+def test_a_sample_alone_before_batch_normalisation_is_one_line() -> None:
+    on = toys.stream(form="images", train=9)
+    model = {"name": "efficientnet-lite0", "weights": "random"}
+    with pytest.raises(
+        TrainingError, match=r"^training\.batch_size = 4: of the 9 samples of Experience.* for example 5$"
+    ):
+        toys.trainer(NAIVE, on, model=model, training={"batch_size": 4}).run()
 
 
 @pytest.mark.parametrize("epochs", [100, 2000])  # a loss is logged each 10 steps, and each 200: more than are taken

@@ -278,3 +278,38 @@ def test_the_other_weights_are_scored_and_training_does_not_notice(serve: str, f
     row, _ = with_both._score()
     assert [record.measures[1][f"{key}_exp_{j}"] for j in range(2)] == row, "as the run that lets them serve"
     assert record.measures[1][key] == sum(row) / 2
+
+
+def test_scoring_in_between_changes_nothing() -> None:
+    """The slow weights answer by the fast ones' running statistics, and train by their own."""
+    on = toys.stream(form="images", experiences=2)
+    done = []
+    for every in (None, 1):
+        sections: dict[str, Any] = {
+            "model": "slim-resnet18",
+            "training": {"lr": 0.05, "iterations": 3, "batch_size": 8},
+        }
+        made, (slow, _) = trainer(on, {"decay": 0.5, "strength": 10}, **sections, evaluation={"every_steps": every})
+        done.append((made.run(), made, slow))
+    (one, a, of_a), (two, b, of_b) = done
+    assert one.matrix == two.matrix
+    assert not toys.differing(toys.weights_of(a), toys.weights_of(b))
+    assert not toys.differing(of_a._slow.state_dict(), of_b._slow.state_dict())
+
+
+def test_only_its_own_rows_pull() -> None:
+    """Another strategy's rehearsal stands before it."""
+    on = toys.stream(experiences=2)
+    own = {"name": "ilora", "memory": 20, "replay_batch_size": 4}
+    made = toys.trainer([{"name": "replay", "memory": 20, "replay_batch_size": 7}, own], on, training=ADAM)
+    slow = made.strategy.links[1]._slow
+    seen: set[int] = set()
+    real = slow.outputs_and_features
+
+    def watched(batch: Batch, learner: Learner) -> Any:
+        seen.add(len(batch))
+        return real(batch, learner)
+
+    slow.outputs_and_features = watched
+    made.run()
+    assert seen == {4}
