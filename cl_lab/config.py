@@ -124,7 +124,8 @@ class TrainingConfig(_Strict):
         0.0,
         ge=0,
         lt=1,
-        description="share of each training set held out for early stopping (memories and Fisher still see it)",
+        description="share of each training set held out for early stopping (Fisher and memories filled after an "
+        "experience still see it, memories filled as samples pass do not)",
     )
     patience: int | None = Field(
         None, ge=1, description="stop an experience after this many epochs without a better validation accuracy"

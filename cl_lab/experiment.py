@@ -29,6 +29,8 @@ WEIGHTS = "weights"
 """The folder in a run's that holds the weights after each experience, where ``checkpoint.experiences`` asks for them."""
 _COMPARED = ("scenario", "model", "strategy", "training", "evaluation", "seed")
 """What must be equal for a run to be resumed; engine, tracking and output folder may differ."""
+_DIGESTED = 2**23
+"""Bytes read of each training set for its digest: all of most, and a share of one that is large."""
 
 
 def run(
@@ -87,10 +89,10 @@ def export(folder: Path, to: Path) -> dict[str, Any]:
 
     Of a language model with low-rank adapters that is one adapter in PEFT's format, with which
     ``PeftModel.from_pretrained(model, to)`` answers as the run does; of one with soft prompts those of its newest task
-    (:func:`~cl_lab.causal_lm.save_prompt`); of any other model ``weights.safetensors``, every
-    parameter and buffer by name. Returns ``{"format", "path", "experiences"}``: ``peft`` or ``weights``, and after how many
-    experiences. The run stays as it is. Raises :class:`UserError` where there is no run or no checkpoint of it, where no
-    adapter gives the strategy's answers, and where ``to`` cannot be written.
+    (:func:`~cl_lab.causal_lm.save_prompt`); of any other model ``weights.safetensors``, every parameter and buffer by name,
+    those of frozen layers among them. Returns ``{"format", "path", "experiences"}``: ``peft`` or ``weights``, and after how
+    many experiences. The run stays as it is. Raises :class:`UserError` where there is no run or no checkpoint of it, where
+    no adapter gives the strategy's answers, and where ``to`` cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -128,10 +130,27 @@ def export(folder: Path, to: Path) -> dict[str, Any]:
         if chain.overrides("predict"):
             log.warning("export: %s answers in place of the model; its weights alone do not", config.strategy.name)
         to.mkdir(parents=True, exist_ok=True)
-        save_file({n: w.contiguous() for n, w in trainer.learner.weights().items()}, to / "weights.safetensors")
+        below = _below(config, model.frozen) if isinstance(model, Classifier) and model.frozen is not None else {}
+        weights = below | trainer.learner.weights()
+        save_file({n: w.contiguous() for n, w in weights.items()}, to / "weights.safetensors")
     except OSError as error:
         raise UserError(f"export: cannot write to '{to}' ({error.strerror}); choose another with --out") from error
     return {"format": "weights", **done}
+
+
+def _below(config: RunConfig, stage: str) -> dict[str, Any]:
+    """The weights up to the frozen ``stage``, by name; a run's model has lost them, and as they are built they stay."""
+    model = _fresh_model(config, stream_of(config.scenario, config.seed))
+    lower = model.modules_up_to(stage)
+    return {n: w for n, w in model.state_dict().items() if any(n == o or n.startswith(f"{o}.") for o in lower)}
+
+
+def _fresh_model(config: RunConfig, stream: Any) -> Any:
+    """The model of a run before anything has happened to it: equal weights in every process."""
+    from cl_lab import seeding
+
+    seeding.seed_everything(seeding.derive(config.seed, "model"))
+    return registry.create("models", {"name": config.model.name, **config.model.knobs}, "model").build(stream)
 
 
 def rebuild(folder: Path, config: RunConfig, *, same_data: bool = False) -> Any:
@@ -172,7 +191,7 @@ class _Run:
         self.tracker: Any = None
         self._sent: set[str] = set()
         before: dict[str, Any] = (read_document(folder) or {}) if resume else {}
-        self._begun_on = before.get("fingerprint", "")
+        self._begun_on = {key: before[key] for key in ("fingerprint", "experiences") if before.get(key)}
         self.document: dict[str, Any] = {
             "scenario": config.scenario.name,
             "strategy": self.strategy.name,
@@ -187,7 +206,7 @@ class _Run:
             "cost": {},
             "run_id": before.get("run_id", ""),
             "path": str(folder),
-            "experiences": [],
+            "experiences": before.get("experiences", []),
             "initial_valid": [],
             "valid": [],
             "anytime": [],
@@ -264,9 +283,7 @@ class _Run:
         chain = Chain(links, [s.name for s in self.strategy.links], stream)
         if stream.online and not chain.learns_when_asked:
             _check_one_pass(stream, c.training)
-        seeding.seed_everything(seeding.derive(c.seed, "model"))
-        spec = registry.create("models", {"name": c.model.name, **c.model.knobs}, "model")
-        model, raw = spec.build(stream), stream
+        model, raw = _fresh_model(c, stream), stream
         latents = model.frozen if isinstance(model, Classifier) else None
         for experience in (0, 1):
             augmentation.check(c.training.at(experience).augmentation, stream, latents=latents)
@@ -290,6 +307,7 @@ class _Run:
                     **({"answers": len(e.classes)} if raw.answers is not None else {"classes": list(e.classes)}),
                     **({"measure": raw.measures[e.index]} if raw.measures else {}),
                     "train_samples": len(e.train),
+                    "train_digest": e.train.digest(_DIGESTED)[:16],
                     "test_samples": len(e.test),
                 }
                 for e in raw.experiences
@@ -306,18 +324,28 @@ class _Run:
         if found is None:
             log.info("no checkpoint in %s yet; starting from the beginning", folder)
             return
-        now = self.document["fingerprint"]
-        if self._begun_on and self._begun_on != now:
-            self.document["fingerprint"] = self._begun_on  # that of the rows learnt so far
+        if (other := self._other_data()) is not None:
+            self.document |= self._begun_on  # that of the rows learnt so far
             raise UserError(
-                f"--resume: '{self.folder}' began on other test data than are there now (fingerprint "
-                f"{self._begun_on[:12]}, now {now[:12]}); bring the old data back, or give another --out"
+                f"--resume: '{self.folder}' began on other {other}; bring the old data back, or give another --out"
             )
         self.document["resumed"] += 1
         trainer.load_state_dict(found[0])
         log.info("resuming from %s", found[1])
         if self.leader:
             self._write()
+
+    def _other_data(self) -> str | None:
+        """How the data that the run began on differ from those that are there now; ``None`` where they do not."""
+        before, now = self._begun_on.get("fingerprint"), self.document["fingerprint"]
+        if before is not None and before != now:
+            return f"test data than are there now (fingerprint {before[:12]}, now {now[:12]})"
+        for e, there in zip(self._begun_on.get("experiences", []), self.document["experiences"], strict=False):
+            for key in ("train_samples", "train_digest"):  # older runs kept no digest
+                if key in e and e[key] != there[key]:
+                    place = f"{key} of experience {there['index'] + 1}"
+                    return f"training data than are there now ({place}: {e[key]}, now {there[key]})"
+        return None
 
     # --- observing the trainer ------------------------------------------------------------------------------------
 

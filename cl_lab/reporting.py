@@ -380,7 +380,8 @@ def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
 
     Of a comparison those runs are taken that its settings name: others in its folder are of earlier ones. A run given
     twice counts once; runs with one label that share a seed, or whose settings differ, become two strategies, told apart
-    by a number. Raises :class:`UserError` for a folder without runs, a damaged ``run.json``, and runs on several streams.
+    by a number. Each is measured against the references of its own settings. Raises :class:`UserError` for a folder
+    without runs, a damaged ``run.json``, and runs on several streams.
     """
     runs: dict[str, dict[str, Any]] = {}
     from cl_lab.results import assemble
@@ -408,7 +409,8 @@ def from_runs(paths: Sequence[Path]) -> dict[str, Any]:
             label = f"{run['label']} ({number})"
         groups.setdefault(label, {})[run["seed"]] = {**run, "label": label}
     documents = [group[seed] for group in groups.values() for seed in sorted(group)]
-    return assemble(scenarios[0], str(paths[0]) if len(paths) == 1 else "", list(groups), documents)
+    only = str(paths[0]) if len(paths) == 1 else ""
+    return assemble(scenarios[0], only, list(groups), documents, [_conditions(d) for d in documents])
 
 
 def _runs_of(comparison: Path) -> list[Path]:
@@ -441,6 +443,21 @@ def _what_decides(run: Mapping[str, Any]) -> Any:
     """The settings of a run that its scores depend on, its seed aside; nothing where they were not kept."""
     saved = _saved(Path(run["path"]))
     return saved and {key: saved.get(key) for key in ("scenario", "model", "strategy", "training", "evaluation")}
+
+
+def _conditions(run: Mapping[str, Any]) -> str:
+    """The settings that a run shares with its references: all that decides but strategy, seed and the one stream.
+
+    A run keeps its strategy's own training settings as its training. Of a comparison's runs what counts is what the
+    comparison says, as a reference may train in a way of its own there.
+    """
+    folder = Path(run["path"]).resolve()
+    saved, around = _saved(folder) or {}, folder.parent.parent
+    settings = {key: saved.get(key) for key in ("model", "training", "evaluation")}
+    # A folder called runs need not be a comparison's, which keeps its environment beside its settings.
+    if folder.parent.name == "runs" and (around / "environment.json").is_file():
+        settings["training"] = (_saved(around) or saved).get("training")
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 _NOT_THE_STREAM = ("data_dir", "order_seed")

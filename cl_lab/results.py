@@ -12,20 +12,30 @@ _OFFLINE = ("joint", "cumulative")
 """Strategies that are references for others, by the names of :func:`cl_lab.metrics.summary`'s arguments."""
 
 
-def assemble(scenario: str, path: str, labels: Sequence[str], documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def assemble(
+    scenario: str,
+    path: str,
+    labels: Sequence[str],
+    documents: Sequence[dict[str, Any]],
+    conditions: Sequence[str] = (),
+) -> dict[str, Any]:
     """The comparison of ``documents`` (of ``run.json``), one row per label: mean and interval over its finished runs.
 
     Offline references run with the same seed add metrics to a run's own: ``joint``, one model of everything (intransigence
     and Kemker's Ω), and ``cumulative``, whose row i is a model of experiences up to i (REMIND's Ω, against the curve of
     its scores on those; it goes on from row i − 1 and does not start afresh). ``offline`` of a run then says what they
     saw: their label, how they encode samples (``None``: as they are), and the training samples behind each row of theirs.
+    ``conditions``, one for each document, tell comparisons apart: a reference counts for runs under its own only.
     """
-    offline = {(d["seed"], d["strategy"]): d for d in reversed(documents) if d["strategy"] in _OFFLINE and _finished(d)}
+    under = list(zip(conditions or [""] * len(documents), documents, strict=True))
+    offline = {
+        (c, d["seed"], d["strategy"]): d for c, d in reversed(under) if d["strategy"] in _OFFLINE and _finished(d)
+    }
     rows = []
     for label in labels:
         runs = [
-            _against(d, {name: offline[key] for name in _OFFLINE if (key := (d["seed"], name)) in offline})
-            for d in documents
+            _against(d, {name: offline[key] for name in _OFFLINE if (key := (c, d["seed"], name)) in offline})
+            for c, d in under
             if d["label"] == label
         ]
         done = [d for d in runs if _finished(d)]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from cl_lab.errors import ConfigError
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner
-from cl_lab.records import Batch, Experience, State, Stream
+from cl_lab.records import Batch, Experience, State, Stream, TensorData
 
-from ._memory import Policy
+from ._memory import Memory, Policy
 from ._rehearsal import Rehearsal, join
 
 
@@ -46,11 +46,20 @@ class PowerLawReplay(Rehearsal):
     _groups: _Groups | None = field(default=None, init=False, repr=False)  # not state: follows from the memory
 
     def prepare(self, model: nn.Module, stream: Stream) -> nn.Module:
-        capacity = self._memory.capacity
-        if capacity is not None and capacity < len(stream):
+        capacity, budget = self._memory.capacity, self._memory.budget
+        given, knob_name = f"memory = {capacity}", "memory"
+        if capacity is None:
+            # What a sample takes, its data alone say; the memory that is made of one of them knows how many it holds.
+            first = stream.experiences[0]
+            probe = Memory(None, self.policy, budget)
+            probe.add(self._labelled(first.train.map(lambda v: v[:1]), first.index), torch.Generator())
+            capacity = probe.capacity
+            given, knob_name = f"memory_bytes = {self.memory_bytes!r}, {capacity} samples", "memory_bytes"
+        assert capacity is not None
+        if capacity < len(stream):
             raise ConfigError(
-                f"powerlaw-replay: memory = {capacity}: holds less than one sample of each of the {len(stream)} "
-                "experiences; raise memory"
+                f"powerlaw-replay: {given}: holds less than one sample of each of the {len(stream)} "
+                f"experiences; raise {knob_name}"
             )
         return super().prepare(model, stream)
 
@@ -77,11 +86,14 @@ class PowerLawReplay(Rehearsal):
         return weight / weight.sum()
 
     def after_experience(self, experience: Experience, learner: Learner) -> None:
-        rows = self.rows_of(experience.train)
-        rows["label"] = rows["y"]
-        rows["y"] = torch.full_like(rows["label"], experience.index)  # what the memory balances
-        self._memory.add(rows, learner.rng)
+        self._memory.add(self._labelled(experience.train, experience.index), learner.rng)
         self._groups = None
+
+    def _labelled(self, data: TensorData, experience: int) -> dict[str, Tensor]:
+        rows = self.rows_of(data)
+        rows["label"] = rows["y"]
+        rows["y"] = torch.full_like(rows["label"], experience)  # what the memory balances
+        return rows
 
     def load_state_dict(self, state: State) -> None:
         super().load_state_dict(state)

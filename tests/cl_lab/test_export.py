@@ -69,6 +69,26 @@ def test_other_models_give_their_weights(tmp_path: Path) -> None:
             assert float((found == e.test.y).float().mean()) == pytest.approx(accuracy)
 
 
+def test_frozen_layers_are_among_the_weights(tmp_path: Path) -> None:
+    network = {"name": "efficientnet-lite0", "weights": "random"}
+    config = toys.config(
+        scenario={"name": f"{toys.__file__}:Toy", "form": "images", "train": 20, "test": 10},
+        model={**network, "frozen": "blocks.3"},
+        training={"epochs": 1, "batch_size": 10, "lr": 0.01},
+    )
+    document = experiment.run(config, tmp_path / "run")
+    torch.manual_seed(5)  # of no matter
+    experiment.export(tmp_path / "run", tmp_path / "out")
+    on = experiment.stream_of(config.scenario, 0)
+    model = registry.create("models", network, "model").build(on)
+    model.load_state_dict(load_file(tmp_path / "out" / "weights.safetensors"))
+    model.eval()
+    with torch.no_grad():
+        for e, accuracy in zip(on.experiences, document["matrix"][-1], strict=True):
+            found = model(e.test.x.float() / 255, e.test.t).argmax(1)
+            assert float((found == e.test.y).float().mean()) == pytest.approx(accuracy)
+
+
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def refused(match: str, folder: Path, to: Path = tmp_path / "out") -> None:
         with pytest.raises(UserError, match=match) as caught:

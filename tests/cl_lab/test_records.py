@@ -68,6 +68,20 @@ def test_digest_tells_data_apart() -> None:
     assert TensorData(d.x.t().contiguous().t(), d.y, d.t).digest() == d.digest(), "whatever the layout in memory"
 
 
+def test_digest_of_a_share() -> None:
+    """Of 24 bytes of samples in 6 rows about ``most`` are read; labels always are."""
+    d = data()
+    assert d.digest(24) == d.digest(100) == d.digest()
+    changed = data()
+    changed.x[1] += 1
+    assert changed.digest(24) != d.digest(24)
+    assert changed.digest(12) == d.digest(12), "row 1 is between those read"
+    changed.x[2] += 1
+    assert changed.digest(12) != d.digest(12)
+    assert TensorData(d.x, 1 - d.y, d.t).digest(4) != d.digest(4)
+    assert data(5).digest(1) != d.digest(1), "their number is told"
+
+
 def test_rows_of_a_batch() -> None:
     d = data()
     batch = Batch(d.x, d.y, d.t, current=4, extra={"z": torch.arange(6.0)}, epoch=2)

@@ -489,6 +489,35 @@ def test_from_runs_averages_no_two_settings(tmp_path: Path) -> None:
     assert [(r["strategy"], r["seeds"]) for r in from_runs(paths)["rows"]] == [("ewc", [0, 2]), ("ewc (2)", [1])]
 
 
+def test_from_runs_measures_each_comparison_against_its_own_references(tmp_path: Path) -> None:
+    """Where models differ, so do references; a reference with training settings of its own is still one."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder, hidden, learnt in zip(folders, (8, 64), (0.5, 0.95), strict=True):
+        runs = [
+            made_up_run("naive", 0, noise=0),
+            made_up_run("joint", 0, noise=0, kept=1, learnt=learnt, reference=True),
+        ]
+        shared = f"scenario: split-digits\nmodel: {{name: mlp, hidden: [{hidden}]}}\n"
+        for path, (label, epochs) in zip(save_runs(folder, runs), (("naive", 2), ("joint", 9)), strict=True):
+            (path / "config.yaml").write_text(f"{shared}strategy: {label}\ntraining: {{epochs: {epochs}}}\n")
+        (folder / "environment.json").write_text("{}")
+        (folder / "config.yaml").write_text(
+            f"{shared}strategies: [naive, {{name: joint, training: {{epochs: 9}}}}]\nseeds: [0]\ntraining: {{epochs: 2}}\n"
+        )
+
+    def intransigence(*paths: Path) -> dict[str, Any]:
+        rows = from_runs(paths)["rows"]
+        return {r["strategy"]: pytest.approx(r["metrics"]["intransigence"]["mean"]) for r in rows}
+
+    # Without noise, a run scores the same on every experience just after it: 0.95, and the references what is given.
+    expected = {"naive": 0.5 - 0.95, "joint": 0, "naive (2)": 0, "joint (2)": 0}
+    assert intransigence(*folders) == {k: pytest.approx(v, abs=1e-9) for k, v in expected.items()}
+    alone = {k: v for k, v in expected.items() if "2" not in k}
+    assert intransigence(folders[0]) == {k: pytest.approx(v, abs=1e-9) for k, v in alone.items()}
+    rows = from_runs([folders[0] / "runs" / "naive-seed0", folders[1] / "runs" / "joint-seed0"])["rows"]
+    assert all("intransigence" not in r["metrics"] for r in rows if r["strategy"] == "naive")
+
+
 @pytest.mark.parametrize(
     "content", [None, "{", "[]", '{"scenario": "s"}', '{"scenario": "s", "strategy": "a", "seed": "x"}']
 )

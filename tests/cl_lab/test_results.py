@@ -71,6 +71,30 @@ def test_references_count_for_their_seed_and_when_finished() -> None:
     assert [set(run.get("offline", {})) for run in rows["naive"]["runs"]] == [set(), {"cumulative"}, set()]
 
 
+def test_references_count_under_their_own_conditions() -> None:
+    other = [[0.5, 0.4]] * 2
+    runs = [
+        document("naive", NAIVE),
+        document("joint", JOINT),
+        document("naive", NAIVE, label="naive (2)"),
+        document("joint", other, label="joint (2)"),
+        document("replay", NAIVE),
+    ]
+    labels = [d["label"] for d in runs]
+    rows = {r["strategy"]: r for r in assemble("s", "p", labels, runs, ["a", "a", "b", "b", "c"])["rows"]}
+    summary = {name: row["runs"][0]["metrics"] for name, row in rows.items()}
+    assert summary["joint"]["intransigence"] == summary["joint (2)"]["intransigence"] == 0
+    assert summary["naive"]["intransigence"] == pytest.approx(((0.8 - 0.9) + (0.7 - 0.8)) / 2)
+    assert summary["naive (2)"]["intransigence"] == pytest.approx(((0.5 - 0.9) + (0.4 - 0.8)) / 2)
+    assert [row["runs"][0].get("offline", {}).get("joint", {}).get("label") for row in rows.values()] == [
+        "joint",
+        "joint",
+        "joint (2)",
+        "joint (2)",
+        None,
+    ]
+
+
 def test_the_score_is_the_runs() -> None:
     assert assemble("s", "p", ["naive"], [document("naive", NAIVE)])["score"] == "accuracy"
     regression = document("naive", NAIVE, score="negative squared error", chance=None)

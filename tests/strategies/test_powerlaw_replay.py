@@ -131,3 +131,13 @@ def test_a_memory_smaller_than_the_stream_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^powerlaw-replay: memory = 2: holds less than one sample") as caught:
         run(toys.stream(), memory=2)
     assert "\n" not in str(caught.value)
+
+
+def test_a_budget_smaller_than_the_stream_is_refused_before_training() -> None:
+    per_row = 16 * 4 + 8 + 8 + 8 + 8  # the sample, its label, task and experience, and its key
+    with pytest.raises(ConfigError, match=r"^powerlaw-replay: memory_bytes = 287, 2 samples: holds less") as caught:
+        toys.trainer([{"name": "powerlaw-replay", "memory_bytes": 3 * per_row - 1}], toys.stream())
+    assert str(caught.value).endswith("raise memory_bytes")
+    trainer, _ = run(toys.stream(), memory_bytes=3 * per_row)
+    held = trainer.strategy.state_dict()["0-powerlaw-replay"]["memory"]["columns"]
+    assert held["y"].sort().values.tolist() == [0, 1, 2]
