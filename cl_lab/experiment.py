@@ -29,8 +29,8 @@ WEIGHTS = "weights"
 """The folder in a run's that holds the weights after each experience, where ``checkpoint.experiences`` asks for them."""
 _COMPARED = ("scenario", "model", "strategy", "training", "evaluation", "seed")
 """What must be equal for a run to be resumed; engine, tracking and output folder may differ."""
-_DIGESTED = 2**23
-"""Bytes read of each training set for its digest: all of most, and a share of one that is large."""
+_DIGESTED = 2**20
+"""Bytes of samples read of each training set for its digest, which is made at every start; labels are read whole."""
 
 
 def run(

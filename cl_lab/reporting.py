@@ -10,6 +10,7 @@ A "row" below is one strategy of a comparison, a "leader" one of the strategies 
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import json
 import math
@@ -430,10 +431,16 @@ def _runs_of(comparison: Path) -> list[Path]:
 
 def _saved(folder: Path) -> dict[str, Any] | None:
     """The settings kept with a run or a comparison; ``None`` where there are none that can be read."""
+    return _parsed(_text(folder / "config.yaml") or "")
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(text: str) -> dict[str, Any] | None:
+    """Settings as they are saved. Asked for several times a run, and a parse takes milliseconds: to be read alone."""
     import yaml
 
     with contextlib.suppress(yaml.YAMLError):
-        saved = yaml.safe_load(_text(folder / "config.yaml") or "")
+        saved = yaml.safe_load(text)
         if isinstance(saved, dict):
             return saved
     return None

@@ -142,8 +142,7 @@ class Trainer:
         self.stop = stop
         self.record = Record(stream.score)
         self._position = _Position()
-        self._best: State = {}
-        self._best_strategy: State = {}
+        self._best: State = {}  # of the best epoch where patience watches
         self._batch_mixes = strategy.overrides("mix")
         self._loss_adjusts = strategy.overrides("adjust_loss")
         self._gradient_adjusts = strategy.overrides("adjust_gradients")
@@ -237,8 +236,11 @@ class Trainer:
         for step, batch in self._batches(data, experience, range(position.step, total), plan, t):
             if moving_lr:
                 learner.set_lr(learning_rate(t, step, total))
-            with _told_of_lone_samples(t.batch_size, len(data), experience):
+            try:
                 running += self._train_step(batch, experience, step, t)
+            except ValueError as error:
+                _refuse_lone_sample(error, t.batch_size, len(data), experience)
+                raise
             counted += 1
             position.step = step + 1
             position.loss_sum, position.loss_steps = running, counted
@@ -267,9 +269,12 @@ class Trainer:
                 break
             self._between_steps(experience, position.step == total)
         if self._best:
-            learner.set_weights(self._best)
-            self.strategy.load_state_dict(self._best_strategy)
-            self._best, self._best_strategy = {}, {}
+            weights, followed = self._best["weights"], self._best["strategy"]
+            assert isinstance(weights, dict)
+            assert isinstance(followed, dict)
+            learner.set_weights(weights)
+            self.strategy.load_state_dict(followed)
+            self._best = {}
 
     def _train_step(self, batch: Batch, experience: Experience, step: int, t: TrainingConfig) -> Tensor:
         """One optimiser step on a global batch; returns this rank's detached loss."""
@@ -365,9 +370,9 @@ class Trainer:
         self.learner.train_mode()
         if self._position.best is None or score > self._position.best:
             self._position.best, self._position.stale = score, 0
-            self._best = dict(self.learner.weights())
             # What a strategy follows step by step (a slow copy, a path's importance) goes back with the weights.
-            self._best_strategy = copy.deepcopy(self.strategy.state_dict())
+            followed = copy.deepcopy(self.strategy.state_dict())
+            self._best = {"weights": dict(self.learner.weights()), "strategy": followed}
         else:
             self._position.stale += 1
         return self._position.stale >= self.config.training.patience
@@ -493,15 +498,14 @@ class Trainer:
             "position": {**vars(self._position), "loss_sum": self._mean_over_ranks(self._position.loss_sum)},
             "record": dict(vars(self.record)),
             "best": dict(self._best),
-            "best_strategy": dict(self._best_strategy),
         }
 
     def load_state_dict(self, state: State) -> None:
         """Go on from what :meth:`state_dict` gave."""
-        learner, strategy, rng, position, record, best, best_strategy = (
-            state[k] for k in ("learner", "strategy", "rng", "position", "record", "best", "best_strategy")
+        learner, strategy, rng, position, record, best = (
+            state[k] for k in ("learner", "strategy", "rng", "position", "record", "best")
         )
-        for part in (learner, strategy, rng, position, record, best, best_strategy):
+        for part in (learner, strategy, rng, position, record, best):
             assert isinstance(part, dict)
         self._position = _Position(**position)  # type: ignore[arg-type]
         # The optimiser saved is that of the experience in progress, or of the last one where the next has not begun.
@@ -510,7 +514,7 @@ class Trainer:
         self.learner.load_state_dict(learner)  # type: ignore[arg-type]
         self.strategy.load_state_dict(strategy)  # type: ignore[arg-type]
         self.record = Record(**record)  # type: ignore[arg-type]
-        self._best, self._best_strategy = best, best_strategy  # type: ignore[assignment]
+        self._best = best  # type: ignore[assignment]
         if self.learner.rank == 0:
             seeding.restore_global_state(rng)  # type: ignore[arg-type]
         else:  # other ranks' dropout masks are not saved; give each its own
@@ -557,14 +561,9 @@ class Trainer:
         return steps - self._position.step
 
 
-@contextmanager
-def _told_of_lone_samples(size: int, rows: int, experience: Experience) -> Iterator[None]:
-    """Raise :class:`TrainingError` in place of torch's own word where one sample alone reaches a batch normalisation."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
+def _refuse_lone_sample(error: ValueError, size: int, rows: int, experience: Experience) -> None:
+    """Raise :class:`TrainingError` where ``error`` is torch's word for one sample alone before a batch normalisation."""
+    if "more than 1 value per channel" in str(error):
         other = next(n for n in range(size + 1, size + rows + 2) if rows % n != 1)
         raise TrainingError(
             f"training.batch_size = {size}: of the {rows} samples of {experience!r} one is left alone in a batch, and batch "

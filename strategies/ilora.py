@@ -86,9 +86,10 @@ class ILoRA(Rehearsal):
         rows = batch.extra["remembered"].nonzero().squeeze(1)  # what another strategy rehearses has no mark
         if not len(rows):
             return loss
-        old = Batch(batch.x[rows], batch.y[rows], batch.t[rows], 0, epoch=batch.epoch, raw=batch.raw)
+        x, y, t = (v.index_select(0, rows) for v in (batch.x, batch.y, batch.t))
+        old = Batch(x, y, t, 0, epoch=batch.epoch, raw=batch.raw)
         slow = self._slow.outputs_and_features(old, learner)[1]
-        fast = learner.features(batch)[rows].float()
+        fast = learner.features(batch).index_select(0, rows).float()
         if fast.dim() == 3:  # the longest answer of the whole batch may be longer than the memory's
             fast = fast[:, : slow.shape[1]]
         apart = slow - fast
