@@ -157,7 +157,7 @@ def rebuild(folder: Path, config: RunConfig, *, same_data: bool = False) -> Any:
     """The trainer of the run of ``config`` in ``folder``, in this process, as it was before its first step.
 
     It knows nothing of what the run has learnt, and nothing is written. Raises :class:`UserError` as a run does, and, with
-    ``same_data``, where the test sets are no longer those of the run.
+    ``same_data``, where its data are no longer those of the run.
     """
     alone = EngineConfig(
         precision=config.engine.precision,
@@ -168,12 +168,8 @@ def rebuild(folder: Path, config: RunConfig, *, same_data: bool = False) -> Any:
     assert config.strategy is not None
     made = _Run(config, folder, label_of(config.strategy), None, None, leader=False, resume=True)
     trainer = made.build()
-    before = (read_document(folder) or {}).get("fingerprint")
-    if same_data and before and before != made.document["fingerprint"]:
-        raise UserError(
-            f"'{folder}' ran on other data than are there now (fingerprint {before[:12]}, now "
-            f"{made.document['fingerprint'][:12]}); bring the old data back, or run it again"
-        )
+    if same_data and (other := made.other_data()) is not None:
+        raise UserError(f"'{folder}' ran on other {other}; bring the old data back, or run it again")
     return trainer
 
 
@@ -324,7 +320,7 @@ class _Run:
         if found is None:
             log.info("no checkpoint in %s yet; starting from the beginning", folder)
             return
-        if (other := self._other_data()) is not None:
+        if (other := self.other_data()) is not None:
             self.document |= self._begun_on  # that of the rows learnt so far
             raise UserError(
                 f"--resume: '{self.folder}' began on other {other}; bring the old data back, or give another --out"
@@ -335,7 +331,7 @@ class _Run:
         if self.leader:
             self._write()
 
-    def _other_data(self) -> str | None:
+    def other_data(self) -> str | None:
         """How the data that the run began on differ from those that are there now; ``None`` where they do not."""
         before, now = self._begun_on.get("fingerprint"), self.document["fingerprint"]
         if before is not None and before != now:

@@ -398,9 +398,13 @@ def _csv(path: Path, text: str) -> list[tuple[str, Any]]:
         raise DataError(f"text-stream: {path}, line {reader.line_num}: broken CSV ({error}); correct it") from error
     finally:
         csv.field_size_limit(usual)
+    known = len(reader.fieldnames or ())
     for place, row in rows:
+        if short := sum(value is None for value in row.values()):  # what DictReader puts where a line ends early
+            raise DataError(
+                f"text-stream: {path}, {place}: has {known - short} columns, the header {known}; give the line all of them"
+            )
         if None in row:  # where DictReader keeps what the header has no name for
-            known = len(reader.fieldnames or ())
             raise DataError(
                 f"text-stream: {path}, {place}: has {known + len(row[None])} columns, the header {known}; put a text that "
                 "holds a comma in quotes"

@@ -9,7 +9,7 @@ is one lookup in torch either way, so equal codebooks give equal values.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,22 @@ def faiss_or_none() -> Any:
         return None
     faiss.omp_set_num_threads(torch.get_num_threads())  # its own default is every core, whoever else is running
     return faiss
+
+
+class Loss(NamedTuple):
+    """What codes lose of vectors, as shares of their power; zeros in place of codes would give 1, no vectors give NaN.
+
+    ``power`` is ``Σ‖x − x̂‖² / Σ‖x‖²``, which long vectors decide; ``vectors`` is the mean of each vector's own share, at
+    most 1, zeros left out. They differ where a few vectors hold nearly all of the power: a language model's first token.
+    """
+
+    power: float
+    vectors: float
+
+    @classmethod
+    def of(cls, missed: float, power: float, shares: float, count: float) -> Loss:
+        """The shares of the sums that :meth:`ProductQuantizer.lost` gives."""
+        return cls(missed / power if power else math.nan, shares / count if count else math.nan)
 
 
 class ProductQuantizer:
@@ -127,10 +143,20 @@ class ProductQuantizer:
         found = torch.nn.functional.embedding(index, centroids.flatten(0, 1)).flatten(1)
         return found if self.rotation is None else found @ self.rotation.to(codes.device)
 
-    def error(self, x: Tensor) -> float:
-        """Relative reconstruction error ``Σ‖x − x̂‖² / Σ‖x‖²`` on ``x`` ``[N, d]``; zeros would give 1."""
-        power = float(x.square().sum())
-        return float((x - self.decode(self.encode(x))).square().sum()) / power if power else math.nan
+    def lost(self, x: Tensor, codes: Tensor) -> Tensor:
+        """What ``codes`` ``[N, M]`` of ``x`` ``[N, d]`` lose, as sums ``[4]`` float64 that may be added up over batches.
+
+        They are ``Σ‖x − x̂‖²``, ``Σ‖x‖²``, ``Σ min(1, ‖x − x̂‖² / ‖x‖²)`` and the number of vectors that are not zero;
+        :meth:`Loss.of` makes shares of them.
+        """
+        missed, power = (v.to(torch.float64).square().sum(dim=1) for v in (x - self.decode(codes), x))
+        there = power > 0
+        share = (missed[there] / power[there]).clamp(max=1)
+        return torch.stack([missed.sum(), power.sum(), share.sum(), there.sum().to(share)])
+
+    def error(self, x: Tensor) -> Loss:
+        """What the codes of ``x`` ``[N, d]`` lose of it."""
+        return Loss.of(*self.lost(x, self.encode(x)).tolist())
 
     def state_dict(self) -> State:
         """Codebooks, rotation and the version of this format."""

@@ -22,13 +22,13 @@ from cl_lab.records import Batch, Experience, FlatLatent, Objective, State, Stre
 from ._code_memory import CodeMemory
 from ._latents import beta, channels_first, channels_last, random_resized_crop
 from ._memory import parse_bytes
-from ._quantizer import Backend, ProductQuantizer, faiss_or_none
+from ._quantizer import Backend, Loss, ProductQuantizer, faiss_or_none
 
 log = logging.getLogger("cl_lab")
 
 _ENCODE_ROWS = 256  # samples through the frozen layers at a time
 _FIT_VECTORS = 2**18  # codebooks are learnt from at most so many
-_HARMLESS = 0.01  # a share of the latents' power that codes may lose unnoticed
+_HARMLESS = 0.01  # a share of their power that latents may lose as codes without a word
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Remind(Strategy):
     _quantizer: ProductQuantizer | None = field(default=None, init=False, repr=False)
     _memory: CodeMemory = field(init=False, repr=False)
     _counts: Tensor = field(init=False, repr=False)  # samples met, by class
-    _errors: list[float] = field(default_factory=list, init=False, repr=False)  # held-out base first, then fresh data
+    _errors: list[Loss] = field(default_factory=list, init=False, repr=False)  # held-out base first, then fresh data
     _shape: list[int] = field(default_factory=list, init=False, repr=False)  # of one sample's latent, channels last
     _flat: FlatLatent | None = field(default=None, init=False, repr=False)  # how flat rows of latents are laid out
     _lower: list[str] = field(default_factory=list, init=False, repr=False)  # modules of G
@@ -159,10 +159,10 @@ class Remind(Strategy):
         if not self._frozen:
             return experience.train
         watched = self._quantizer is not None and 0 < experience.index >= len(self._errors)
-        lost = torch.zeros(2, dtype=torch.float64, device=learner.device) if watched else None
+        lost = torch.zeros(4, dtype=torch.float64, device=learner.device) if watched else None
         codes = self._encoded(experience.train, learner, lost)
         if lost is not None:
-            self._watch(experience, *learner.reduce(lost).tolist())
+            self._watch(experience, Loss.of(*learner.reduce(lost).tolist()))
         if experience.index == 0:
             self._base_codes = codes
         return codes
@@ -220,7 +220,7 @@ class Remind(Strategy):
         return self._encoded(data, learner) if data.raw else data
 
     def _encoded(self, data: TensorData, learner: Learner, lost: Tensor | None = None) -> TensorData:
-        """The codes of ``data``; adds to ``lost`` this rank's power of what codes lose, and of the latents."""
+        """The codes of ``data``; adds to ``lost`` what they lose of this rank's (:meth:`ProductQuantizer.lost`)."""
         mine = learner.shard_rows(torch.arange(len(data)))
         codes: Tensor | None = None
         for rows in mine.split(_ENCODE_ROWS):
@@ -248,8 +248,7 @@ class Remind(Strategy):
             vectors = h.flatten(0, -2)
             codes = self._quantizer.encode(vectors)
             if lost is not None:
-                missed = vectors - self._quantizer.decode(codes)
-                lost += torch.stack([missed.square().sum(), vectors.square().sum()]).to(lost)
+                lost += self._quantizer.lost(vectors, codes)
             h = codes.unflatten(0, h.shape[:-1])
         return h if beside is None else torch.cat([h.flatten(1), beside.to(h.dtype)], 1)
 
@@ -284,25 +283,27 @@ class Remind(Strategy):
             h = self._quantizer.decode(h.flatten(0, -2)).unflatten(0, h.shape[:-1])
         return channels_first(h) if beside is None else torch.cat([h.flatten(1), beside.to(h)], 1)
 
-    def _error(self, data: TensorData, learner: Learner) -> float:
+    def _error(self, data: TensorData, learner: Learner) -> Loss:
         assert self._quantizer is not None
         few = data.take(torch.arange(min(len(data), _ENCODE_ROWS)))
         return self._quantizer.error(self._vectors(self._latents(few, learner))[0].flatten(0, -2))
 
-    def _watch(self, experience: Experience, lost: float, power: float) -> None:
+    def _watch(self, experience: Experience, error: Loss) -> None:
         """Note what codes lost of the newest samples; warn where the stream has left the codebooks behind."""
-        error = lost / power if power else math.nan
         self._errors.append(error)
-        if error > max(self.drift * self._errors[0], _HARMLESS):
-            log.warning(
-                "remind: codes lose %.3f of the latents' power in experience %d ('%s'), %.1f times the %.3f of held-out "
-                "base samples: the stream has drifted from the codebooks; learn them on a broader base, or raise codebooks",
-                error,
-                experience.index,
-                experience.name,
-                error / self._errors[0],
-                self._errors[0],
-            )
+        for what, now, before in zip(("the latents'", "a latent's"), error, self._errors[0], strict=True):
+            if now > max(self.drift * before, _HARMLESS):
+                log.warning(
+                    "remind: codes lose %.3f of %s power in experience %d ('%s'), %.1f times the %.3f of held-out base "
+                    "samples: the stream has drifted from the codebooks; learn them on a broader base, or raise codebooks",
+                    now,
+                    what,
+                    experience.index,
+                    experience.name,
+                    now / before,
+                    before,
+                )
+                return
 
     def predict(self, batch: Batch, learner: Learner) -> Tensor:
         if batch.raw and not (self._live and self._frozen):
@@ -380,14 +381,18 @@ class Remind(Strategy):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def measures(self) -> dict[str, float]:
-        """Bytes per remembered sample, samples held, and what codes lose (on held-out base samples, on the newest data)."""
+        """Bytes per remembered sample, samples held, and what codes lose (on held-out base samples, on the newest data).
+
+        ``quantisation_error`` is of all power, ``quantisation_error_per_vector`` the mean over vectors: see :class:`Loss`.
+        """
         found = {
             "memory_samples": float(len(self._memory)),
             "bytes_per_sample": float(self._memory.row_bytes),
             "codebook_bytes": float(self._codebook_bytes()),
         }
-        if self._errors:
-            found |= {"quantisation_error_base": self._errors[0], "quantisation_error_newest": self._errors[-1]}
+        for when, error in (("base", self._errors[:1]), ("newest", self._errors[-1:])):
+            for power, vectors in error:
+                found |= {f"quantisation_error_{when}": power, f"quantisation_error_per_vector_{when}": vectors}
         return found
 
     def state_dict(self) -> State:
@@ -395,7 +400,7 @@ class Remind(Strategy):
             "quantizer": None if self._quantizer is None else self._quantizer.state_dict(),
             "memory": self._memory.state_dict(),
             "counts": self._counts,
-            "errors": list(self._errors),
+            "errors": [list(error) for error in self._errors],
             "shape": list(self._shape),
             "frozen": self._frozen,
         }
@@ -408,7 +413,8 @@ class Remind(Strategy):
         assert isinstance(counts, Tensor)
         assert isinstance(errors, list)
         assert isinstance(shape, list)
-        self._errors, self._shape, self._frozen = [float(e) for e in errors], [int(s) for s in shape], bool(frozen)
+        self._errors = [Loss(float(power), float(vectors)) for power, vectors in errors]
+        self._shape, self._frozen = [int(s) for s in shape], bool(frozen)
         self._quantizer = None
         if isinstance(quantizer, dict):
             assert self.codebooks is not None

@@ -437,4 +437,9 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "bare" / "weights").mkdir()
     for n in range(4):
         checkpoint.save_weights(tmp_path / "bare" / "weights" / f"{n}.safetensors", {})
-    refused("ran on other data than are there now", tmp_path / "bare")
+    refused("ran on other test data than are there now", tmp_path / "bare")
+    document = json.loads((whole / "run.json").read_text())
+    document["experiences"][0]["train_digest"] = "0" * 16
+    (whole / "run.json").write_text(json.dumps(document))
+    (whole / "weights" / "1.safetensors").touch()
+    refused(r"ran on other training data than are there now \(train_digest of experience 1: 0{16}, now", whole)

@@ -764,7 +764,7 @@ def test_files_that_are_not_as_they_should_be(data: Path, name: str, content: An
             '{"text": "a", "label": "b"}\n{"text": "a"}\n',
             "a.jsonl, line 2: has columns text; needs text and label",
         ),
-        ("a.csv", "text,label\na,b\nc\n", "a.csv, line 3: label = None; every row needs a text there"),
+        ("a.csv", "text,label\na,b\nc\n", "a.csv, line 3: has 1 columns, the header 2; give the line all of them"),
         ("a.csv", "text;label\na;b\n", "a.csv, line 2: has columns text;label; needs prompt and answer"),
         ("a.csv", 'text,label\na,"b\n', "broken CSV (unexpected end of data)"),
         ("a.csv", "", "a.csv: holds no rows"),

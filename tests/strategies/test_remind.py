@@ -18,6 +18,7 @@ from cl_lab.errors import ConfigError
 from cl_lab.records import Batch, Stream
 from cl_lab.trainer import Trainer
 from strategies._latents import beta, channels_first, channels_last, random_resized_crop
+from strategies._quantizer import Loss
 from strategies.remind import Remind
 
 CONVNET = {"name": "convnet", "channels": [8, 12], "hidden": [24]}
@@ -312,10 +313,25 @@ def test_drift_from_the_codebooks_is_noticed(caplog: pytest.LogCaptureFixture, m
     )
     link = link_of(trainer)
     assert len(link._errors) == 3
-    assert link.measures()["quantisation_error_newest"] == link._errors[2] > link._errors[0]
+    measured = link.measures()
+    assert measured["quantisation_error_newest"] == link._errors[2].power > link._errors[0].power
+    assert measured["quantisation_error_per_vector_newest"] == link._errors[2].vectors
     vectors = link._vectors(link._latents(far_away(on), trainer.learner))[0].flatten(0, -2)
     assert link._quantizer is not None
     assert link._errors[2] == pytest.approx(link._quantizer.error(vectors), rel=1e-5)
+
+
+def test_drift_is_noticed_where_few_vectors_hold_the_power(caplog: pytest.LogCaptureFixture) -> None:
+    """As in a language model, whose first token's state is a thousand times as long as any other's."""
+    on = toys.stream(form="images")
+    link = link_of(trainer_of(on, drift=1.5))
+    link._errors = [Loss(0.0003, 0.1)]
+    with caplog.at_level(logging.WARNING, logger="cl_lab"):
+        link._watch(on.experiences[1], Loss(0.0004, 0.14))
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING, logger="cl_lab"):
+        link._watch(on.experiences[2], Loss(0.0004, 0.3))
+    assert "lose 0.300 of a latent's power" in caplog.records[0].getMessage()
 
 
 def counted_rows(link: Remind, monkeypatch: pytest.MonkeyPatch) -> list[int]:
