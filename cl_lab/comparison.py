@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from cl_lab import environment, experiment
-from cl_lab.config import RunConfig, StrategyConfig, dump, label_of
+from cl_lab.config import RunConfig, StrategyConfig, label_of
 from cl_lab.display import StepProgress, configure_logging
 from cl_lab.errors import ConfigError, Interrupted, UserError
+from cl_lab.files import write_atomically
 
 log = logging.getLogger("cl_lab")
 
@@ -27,7 +28,6 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
     Runs that failed are listed with their error and the others go on. With ``resume``, finished runs are kept and
     unfinished ones continued. ``jobs`` runs go on at once, each with its share of the cores.
     """
-    from cl_lab.files import write_atomically
     from cl_lab.reporting import write_report
     from cl_lab.results import assemble
     from cl_lab.tracking import Tracker
@@ -47,26 +47,38 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
         for seed in seeds  # all strategies of a seed one after the other: they share the stream in memory
         for strategy, label, slug in zip(strategies, labels, slugs, strict=True)
     ]
-    if resume:  # or results of other settings would stand in the report under these
-        for settings, place, _ in crossed:
-            experiment.check_resumable(place, settings)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", dump(config))
-        write_atomically(folder / "environment.json", json.dumps(environment.snapshot(threads), indent=1))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to output folder '{folder}': {error.strerror}; choose another with --out"
-        ) from error
-    tracker = Tracker.open(config.tracking.uri, config.tracking.experiment, name=folder.name)
-    parent = tracker.start_run(folder, config=config.model_dump(mode="json", exclude={"out"}), fresh=not resume)
-    plan = [_Job(settings, place, label, parent, resume) for settings, place, label in crossed]
-    documents = _run_all(plan, jobs)
-    comparison = assemble(config.scenario.name, str(folder), labels, documents)
-    write_atomically(folder / COMPARISON_FILE, json.dumps(comparison, indent=1))
-    write_report(comparison, folder)
-    tracker.finish()
+    if resume:  # or results of other settings, or of other data, would stand in the report under these
+        _check_resumable([(settings, place) for settings, place, _ in crossed])
+    else:
+        experiment.check_buildable(crossed[0][0])
+    with experiment.ready(folder, config, resume, comparison=True, threads=threads):
+        tracker = Tracker.open(config.tracking.uri, config.tracking.experiment, name=folder.name)
+        parent = tracker.start_run(folder, config=config.model_dump(mode="json", exclude={"out"}), fresh=not resume)
+        plan = [_Job(settings, place, label, parent, resume) for settings, place, label in crossed]
+        documents = _run_all(plan, jobs)
+        comparison = assemble(config.scenario.name, str(folder), labels, documents)
+        try:
+            write_atomically(folder / COMPARISON_FILE, json.dumps(comparison, indent=1))
+        except OSError as error:
+            raise UserError(
+                f"cannot write '{folder / COMPARISON_FILE}': {error.strerror}; every run is kept: make room, then --resume"
+            ) from error
+        write_report(comparison, folder)
+        tracker.finish()
     return comparison
+
+
+def _check_resumable(runs: Sequence[tuple[RunConfig, Path]]) -> None:
+    """Raise :class:`UserError` where one of ``runs`` cannot be gone on with, or stands on other data than there are now.
+
+    Data are looked at only where something is left to run on them.
+    """
+    goes_on = [experiment.check_resumable(place, settings) for settings, place in runs]
+    finished = [(experiment.read_document(place) or {}).get("status") == "finished" for _, place in runs]
+    if not all(finished):
+        for (settings, place), here, done in zip(runs, goes_on, finished, strict=True):
+            if here and done:
+                experiment.check_data(place, settings)
 
 
 class _Job:

@@ -24,7 +24,10 @@ def configure_logging(level: int = logging.INFO) -> None:
 class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = " ".join(record.getMessage().split())
-        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        # Of a defect alone: what a user can mend is told without.
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
 def _started_bar(unit: str, *more: str) -> Any:

@@ -27,6 +27,8 @@ PACKAGES = (
     "torchvision",
     "transformers",
 )
+CHANGES = "+changes"
+"""Behind the commit of a checkout whose files differ from it."""
 
 
 def cores() -> int:
@@ -68,7 +70,7 @@ def git_commit() -> str | None:
         changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+changes" if changed else "")
+    return commit + (CHANGES if changed else "")
 
 
 def _git(root: Path, *words: str) -> str:

@@ -5,12 +5,13 @@ The folder is the truth: resolved configuration, environment, score matrix so fa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -20,11 +21,14 @@ from cl_lab import environment, registry
 from cl_lab.compat import use_freed_memory_again
 from cl_lab.config import EngineConfig, PluginConfig, RunConfig, StrategyConfig, dump, label_of, parse
 from cl_lab.errors import ConfigError, Interrupted, UserError
+from cl_lab.files import InUse, alone_in, set_aside_name, write_atomically
 from cl_lab.launch import is_rank, run_ranks, stop_on_signals, world_size
 
 log = logging.getLogger("cl_lab")
 
-RUN_FILE = "run.json"
+RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
+_DATA = ("fingerprint", "experiences")
+"""What a run's document says of its data (:func:`_data_of`)."""
 WEIGHTS = "weights"
 """The folder in a run's that holds the weights after each experience, where ``checkpoint.experiences`` asks for them."""
 _COMPARED = ("scenario", "model", "strategy", "training", "evaluation", "seed")
@@ -57,8 +61,11 @@ def run(
     assert config.strategy is not None
     leader = int(os.environ.get("RANK", "0")) == 0
     if leader and not opened:
-        check_plugins(config, [config.strategy])  # before an earlier run makes room for a misspelt one
-        _open_folder(folder, config, resume)
+        check_plugins(config, [config.strategy])
+        if not resume and (folder / CONFIG_FILE).exists():
+            check_buildable(config)  # before an earlier run makes room for one that cannot be
+        with ready(folder, config, resume):
+            return run(config, folder, resume=resume, label=label, observer=observer, parent=parent, opened=True)
     if (config.engine.processes > 1 or config.engine.deepspeed) and not is_rank():  # DeepSpeed wants a process group
         return _run_in_ranks(config, folder, resume, label, parent)
     if is_rank() and config.engine.processes == 1 and world_size() > 1:
@@ -103,7 +110,7 @@ def export(folder: Path, to: Path) -> dict[str, Any]:
     from cl_lab.models import Classifier
 
     config = saved_config(folder)
-    if config.strategy is None:
+    if config.strategy is None or is_comparison(folder):
         raise UserError(f"export: '{folder}' holds a comparison; name one of its runs, for example {folder}/runs/…")
     found = checkpoint.load_newest(folder / "checkpoints")
     if found is None:
@@ -187,7 +194,7 @@ class _Run:
         self.tracker: Any = None
         self._sent: set[str] = set()
         before: dict[str, Any] = (read_document(folder) or {}) if resume else {}
-        self._begun_on = {key: before[key] for key in ("fingerprint", "experiences") if before.get(key)}
+        self._begun_on = {key: before[key] for key in _DATA if before.get(key)}
         self.document: dict[str, Any] = {
             "scenario": config.scenario.name,
             "strategy": self.strategy.name,
@@ -292,22 +299,9 @@ class _Run:
             seeding.seed_everything(seeding.derive(c.seed, "rank", learner.rank))
         self.document |= {
             "reference": chain.reference,
-            "fingerprint": raw.fingerprint(),
             "score": stream.score,
             "chance": stream.chance,
-            "experiences": [
-                {
-                    "index": e.index,
-                    "name": e.name,
-                    # Of texts the classes are rows of a table that is not here; there may be as many as samples.
-                    **({"answers": len(e.classes)} if raw.answers is not None else {"classes": list(e.classes)}),
-                    **({"measure": raw.measures[e.index]} if raw.measures else {}),
-                    "train_samples": len(e.train),
-                    "train_digest": e.train.digest(_DIGESTED)[:16],
-                    "test_samples": len(e.test),
-                }
-                for e in raw.experiences
-            ],
+            **_data_of(raw),
         }
         checkpoints, weights = self.folder / "checkpoints", self.folder / WEIGHTS
         return Trainer(stream, learner, chain, c, c.seed, observer=self, checkpoints=checkpoints, weights=weights)
@@ -333,15 +327,7 @@ class _Run:
 
     def other_data(self) -> str | None:
         """How the data that the run began on differ from those that are there now; ``None`` where they do not."""
-        before, now = self._begun_on.get("fingerprint"), self.document["fingerprint"]
-        if before is not None and before != now:
-            return f"test data than are there now (fingerprint {before[:12]}, now {now[:12]})"
-        for e, there in zip(self._begun_on.get("experiences", []), self.document["experiences"], strict=False):
-            for key in ("train_samples", "train_digest"):  # older runs kept no digest
-                if key in e and e[key] != there[key]:
-                    place = f"{key} of experience {there['index'] + 1}"
-                    return f"training data than are there now ({place}: {e[key]}, now {there[key]})"
-        return None
+        return _other_data(self._begun_on, self.document)
 
     # --- observing the trainer ------------------------------------------------------------------------------------
 
@@ -406,8 +392,6 @@ class _Run:
             self.tracker.finish()
 
     def _write(self) -> None:
-        from cl_lab.files import write_atomically
-
         try:
             write_atomically(self.folder / RUN_FILE, json.dumps(_finite(self.document), indent=1))
         except OSError as error:
@@ -456,25 +440,74 @@ def check_plugins(config: RunConfig, strategies: Sequence[StrategyConfig]) -> No
     registry.create("scenarios", {"name": config.scenario.name, **config.scenario.knobs}, "scenario")
 
 
-def _open_folder(folder: Path, config: RunConfig, resume: bool) -> None:
-    from cl_lab.files import set_aside_name, write_atomically
+def check_buildable(config: RunConfig) -> None:
+    """Read the stream, make the model and look for the device; raises :class:`UserError` for what no run could mend."""
+    from cl_lab.learner import check_device
 
-    try:
-        before = folder / "config.yaml"
-        if folder.exists() and not resume and before.exists():
-            aside = set_aside_name(folder)
-            folder.rename(aside)
-            log.warning("%s held an earlier run; it is kept as %s (use --resume to continue a run)", folder, aside.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        if resume:
-            check_resumable(folder, config)
-        write_atomically(before, dump(config))
+    check_device(config.engine)
+    _fresh_model(config, stream_of(config.scenario, config.seed))
+
+
+@contextlib.contextmanager
+def ready(
+    folder: Path, config: RunConfig, resume: bool, *, comparison: bool = False, threads: int | None = None
+) -> Iterator[None]:
+    """Have ``folder`` ready for a run of ``config``, or a comparison, and nobody else in it meanwhile.
+
+    What an earlier one left there is set aside as a whole, unless it is gone on with (``resume``); then a run that failed
+    under other settings makes room. Raises :class:`ConfigError` where another process works in it, where what is to be gone
+    on with is a run and no comparison (or the other way round) or has other settings, and :class:`UserError` where nothing
+    can be written.
+    """
+    if threads is None:
         threads = environment.threads_for(config.engine.processes, config.engine.threads)
-        write_atomically(folder / "environment.json", json.dumps(environment.snapshot(threads), indent=1))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to output folder '{folder}': {error.strerror}; choose another with --out"
-        ) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _enter(stack, folder)
+            if resume:
+                left = None if _goes_on(folder, config, comparison) else "a run that failed under other settings"
+            else:
+                left = f"an earlier {'comparison' if is_comparison(folder) else 'run'} (--resume goes on with one)"
+            if left is not None and (folder / CONFIG_FILE).exists():
+                aside = set_aside_name(folder)
+                folder.rename(aside)
+                stack.close()  # the lock went with it
+                log.warning("%s held %s; it is kept as %s", folder, left, aside.name)
+                folder.mkdir(exist_ok=True)
+                _enter(stack, folder)
+            write_atomically(folder / CONFIG_FILE, dump(config))
+            write_atomically(folder / "environment.json", json.dumps(environment.snapshot(threads), indent=1))
+        except OSError as error:
+            raise UserError(
+                f"cannot write to output folder '{folder}': {error.strerror}; choose another with --out"
+            ) from error
+        yield
+
+
+def _enter(stack: contextlib.ExitStack, folder: Path) -> None:
+    try:
+        # Where there are no locks (Windows, some network file systems) nobody is held off.
+        with contextlib.suppress(ImportError, OSError):
+            stack.enter_context(alone_in(folder))
+    except InUse as other:
+        raise ConfigError(f"'{folder}': process {other} is running there; wait for it, or give another --out") from None
+
+
+def _goes_on(folder: Path, config: RunConfig, comparison: bool) -> bool:
+    """Whether what ``folder`` holds, if anything, can be gone on with; what is refused see :func:`ready`."""
+    if comparison and (folder / RUN_FILE).exists():
+        raise ConfigError(f"--resume: '{folder}' holds a single run; leave --resume out, or give another --out")
+    if not comparison and is_comparison(folder):
+        raise ConfigError(
+            f"--resume: '{folder}' holds a comparison; cl-lab compare goes on with it, or give another --out"
+        )
+    return comparison or check_resumable(folder, config)
+
+
+def is_comparison(folder: Path) -> bool:
+    """Whether ``folder`` holds a comparison and no run."""
+    return (folder / "runs").is_dir() and not (folder / RUN_FILE).exists()
 
 
 def _check_one_pass(stream: Any, training: Any) -> None:
@@ -492,24 +525,71 @@ def _check_one_pass(stream: Any, training: Any) -> None:
             )
 
 
-def check_resumable(folder: Path, config: RunConfig) -> None:
-    """Raise :class:`ConfigError` where ``folder`` holds a run of other settings than ``config``'s, naming the first."""
-    if not (folder / "config.yaml").is_file():
-        return
+def check_resumable(folder: Path, config: RunConfig) -> bool:
+    """Whether the run in ``folder``, if there is one, can be gone on with; not if it failed under other settings.
+
+    Raises :class:`ConfigError` where any other run there has other settings than ``config``, naming the first.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return True
     before, now = (c.model_dump(mode="json", include=set(_COMPARED)) for c in (saved_config(folder), config))
     if (found := _difference(before, now, "")) is not None:
+        if (read_document(folder) or {}).get("status") == "failed":
+            return False
         path, there, here = found
         raise ConfigError(
             f"--resume: '{path}' differs from the run in {folder} ({there} there, {here} now); "
             "give the old settings, or another --out"
         )
+    return True
+
+
+def check_data(folder: Path, config: RunConfig) -> None:
+    """Raise :class:`UserError` where the run of ``config`` in ``folder`` saw other data than are there now."""
+    if (
+        other := _other_data(read_document(folder) or {}, _data_of(stream_of(config.scenario, config.seed)))
+    ) is not None:
+        raise UserError(f"--resume: '{folder}' ran on other {other}; bring the old data back, or give another --out")
+
+
+def _data_of(stream: Any) -> dict[str, Any]:
+    """What ``run.json`` says of the data of a stream, as it is before any frozen layers."""
+    return {
+        "fingerprint": stream.fingerprint(),
+        "experiences": [
+            {
+                "index": e.index,
+                "name": e.name,
+                # Of texts the classes are rows of a table that is not here; there may be as many as samples.
+                **({"answers": len(e.classes)} if stream.answers is not None else {"classes": list(e.classes)}),
+                **({"measure": stream.measures[e.index]} if stream.measures else {}),
+                "train_samples": len(e.train),
+                "train_digest": e.train.digest(_DIGESTED)[:16],
+                "test_samples": len(e.test),
+            }
+            for e in stream.experiences
+        ],
+    }
+
+
+def _other_data(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """How the data in ``before``, a run's document, differ from those in ``now``; ``None`` where it names no difference."""
+    one, two = before.get("fingerprint"), now["fingerprint"]
+    if one and one != two:
+        return f"test data than are there now (fingerprint {one[:12]}, now {two[:12]})"
+    for e, there in zip(before.get("experiences", []), now["experiences"], strict=False):
+        for key in ("train_samples", "train_digest"):  # older runs kept no digest
+            if key in e and e[key] != there[key]:
+                place = f"{key} of experience {there['index'] + 1}"
+                return f"training data than are there now ({place}: {e[key]}, now {there[key]})"
+    return None
 
 
 def saved_config(folder: Path) -> RunConfig:
     """The configuration saved with a run or comparison; raises :class:`UserError` where it is missing or damaged."""
     import yaml
 
-    path = folder / "config.yaml"
+    path = folder / CONFIG_FILE
     try:
         return parse(yaml.safe_load(path.read_text()), str(path))
     except FileNotFoundError:
@@ -533,8 +613,6 @@ def _difference(before: Any, now: Any, path: str) -> tuple[str, str, str] | None
 
 
 def _run_in_ranks(config: RunConfig, folder: Path, resume: bool, label: str, parent: str | None) -> dict[str, Any]:
-    from cl_lab.files import write_atomically
-
     job = {"folder": str(folder), "resume": resume, "label": label, "parent": parent, "config": dump(config)}
     write_atomically(folder / "job.json", json.dumps(job))
     code = run_ranks("cl_lab.rank", [str(folder / "job.json")], config.engine.processes, config.engine.threads)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 _ASIDE = ".old-"
+LOCK = ".lock"
+"""The file in a folder whose lock its one writer holds."""
+
+
+class InUse(Exception):
+    """Another process works in a folder; the message is its number, ``?`` where it has not said."""
 
 
 def cache_root() -> Path:
@@ -36,6 +45,32 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, wait: float = 0.0) -> Iterator[None]:
+    """Be the one process that works in ``folder``, which is there, after waiting ``wait`` seconds at most.
+
+    The lock ends with the process, however it ends; its file stays, and moves with the folder. Raises :class:`InUse` where
+    another holds it still, and :class:`OSError` where no file can be made there or the file system knows no locks.
+    """
+    import fcntl  # not on Windows
+
+    end = time.monotonic() + wait
+    with (folder / LOCK).open("a+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    file.seek(0)
+                    raise InUse(file.read().strip() or "?") from None
+                time.sleep(0.05)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def set_aside_name(folder: Path) -> Path:

@@ -722,6 +722,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """
     if name == "bytes":
         return ByteTokenizer()
+    if name == "tiny":
+        raise ConfigError("tokenizer 'tiny': the random model has none of its own; take bytes")
     place = _locate(name)
     path = Path(place)
     if path.is_dir() and not trust_remote_code:

@@ -98,7 +98,8 @@ def explain(error: Any, path: str, known: Any) -> str:
     value = (
         "" if isinstance(first["input"], (dict, list)) and first["type"] == "value_error" else f" = {first['input']!r}"
     )
-    return f"{where}{value}: {message[0].lower()}{message[1:]}"
+    message = f"{message[0].lower()}{message[1:]}"
+    return f"{where}{value}: {message}" if where or value else message
 
 
 def _is_union_tag(part: str) -> bool:

@@ -37,6 +37,14 @@ _Answer = TypeVar("_Answer")
 _OPTIMIZER_KEYS = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
+def check_device(engine: EngineConfig) -> bool:
+    """Whether a run takes a GPU; raises :class:`ConfigError` where it must and there is none."""
+    cuda = torch.cuda.is_available() and engine.device != "cpu"
+    if engine.device == "cuda" and not cuda:
+        raise ConfigError("engine.device = 'cuda': torch sees no GPU on this machine; use engine.device=cpu or auto")
+    return cuda
+
+
 def accelerator_for(engine: EngineConfig, training: TrainingConfig) -> Accelerator:
     """The Accelerator of a run; ranks find each other by the usual environment (``RANK``, ``WORLD_SIZE``, …).
 
@@ -49,11 +57,7 @@ def accelerator_for(engine: EngineConfig, training: TrainingConfig) -> Accelerat
         from accelerate.state import AcceleratorState, GradientState
         from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-        cuda = torch.cuda.is_available() and engine.device != "cpu"
-        if engine.device == "cuda" and not cuda:
-            raise ConfigError(
-                "engine.device = 'cuda': torch sees no GPU on this machine; use engine.device=cpu or auto"
-            )
+        cuda = check_device(engine)
         # Runs of one process (a comparison) may ask for different engines; Accelerate keeps the first one's settings.
         AcceleratorState._reset_state()
         GradientState._reset_state()

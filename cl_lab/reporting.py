@@ -4,7 +4,7 @@ Everything is computed from the run documents (``run.json``) and from nothing el
 again at any time, and two reports of the same runs are equal byte for byte. The page holds its pictures and its style;
 it asks the network for nothing. What users provide (labels, names, errors, settings) is escaped everywhere.
 
-A "row" below is one strategy of a comparison, a "leader" one of the strategies that no interval tells from the best.
+A "row" below is one strategy of a comparison, a "leader" one of the strategies that lie clearly below no other.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cl_lab.environment import CHANGES
 from cl_lab.errors import UserError
 from cl_lab.files import run_folders, write_atomically
 
@@ -130,9 +131,13 @@ _COSTS: dict[str, str] = {
     "eval_seconds": "Evaluation",
     "samples_per_second": "Samples/s",
     "peak_memory_bytes": "Peak memory",
+    "own_memory_bytes": "Beyond model and data",
     "strategy_state_bytes": "Strategy state",
     "trainable_parameters": "Trainable parameters",
 }
+_NOISE_BYTES, _NOISE_RATIO = 32 * 2**20, 1.25
+"""Less memory than that, and a smaller ratio, two runs of one strategy may differ by."""
+
 _BYTE_UNITS = (("GiB", 1024.0**3), ("MiB", 1024.0**2), ("KiB", 1024.0), ("bytes", 1.0))
 _TIME_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 DIAGNOSIS_FILE = "diagnosis.json"
@@ -255,11 +260,11 @@ class Score:
         mean, sign, half = self.stat(stat).partition(" ± ")
         return f"{mean}{' %' * self.percent}{sign}{half}"
 
-    def difference(self, value: float) -> str | None:
-        """``6.0 points``: a difference of scores inside a sentence; ``None`` where it is none to speak of."""
-        if not abs(value) >= (0.0005 if self.percent else 1e-12):
+    def difference(self, value: float, half: float | None = None) -> str | None:
+        """``6.0 ± 0.8 points``: a difference of scores inside a sentence; ``None`` where it is none to speak of."""
+        if not max(abs(value), half or 0.0) >= (0.0005 if self.percent else 1e-12):
             return None
-        return f"{self.number(abs(value))}{' points' * self.percent}"
+        return f"{self.stat(Stat(abs(value), 1, half))}{' points' * self.percent}"
 
     def explained(self, metric: str) -> tuple[str, str]:
         """Heading and definition of a metric."""
@@ -470,6 +475,9 @@ def _conditions(run: Mapping[str, Any]) -> str:
 _NOT_THE_STREAM = ("data_dir", "order_seed")
 """Knobs of a scenario that may differ between runs on one stream, as the seed may."""
 
+_TRAINED_ON = ("train_samples", "train_digest")
+"""What a run says of the training data of each experience."""
+
 
 def _check_same_stream(runs: Sequence[Mapping[str, Any]]) -> None:
     """Refuse runs on streams of one name but other knobs (five experiences and ten, class- and task-incremental)."""
@@ -477,9 +485,18 @@ def _check_same_stream(runs: Sequence[Mapping[str, Any]]) -> None:
     for run in runs:
         if not run.get("experiences"):  # failed before there was a stream
             continue
-        shape = f"{len(run['experiences'])} experiences, chance {run.get('chance')}"
+        seed, section = run["seed"], (_saved(Path(run["path"])) or {}).get("scenario")
+        order = section.get("order_seed") if isinstance(section, dict) else None
+        facts: list[tuple[Any, str]] = [
+            ("shape", f"{len(run['experiences'])} experiences, chance {run.get('chance')}"),
+            (seed, f"fingerprint {str(run.get('fingerprint'))[:12]}"),
+        ]
+        for i, e in enumerate(run["experiences"]):
+            for name in _TRAINED_ON:
+                if name in e:  # older runs kept no digest
+                    facts.append(((seed, order, i, name), f"{name} of experience {i + 1}: {e[name]}"))
         # Another seed may rightly mean other data; the number of experiences and what guessing gives stay.
-        for key, found in (("shape", shape), (run["seed"], f"fingerprint {str(run.get('fingerprint'))[:12]}")):
+        for key, found in facts:
             path, other = met.setdefault(key, (run["path"], found))
             if found != other:
                 raise UserError(
@@ -506,7 +523,8 @@ def rich_table(comparison: Mapping[str, Any]) -> Table:
 
     rows = _rows(comparison)
     learners, references = _sorted(rows, False), _sorted(rows, True)
-    leaders = {r.label for r in _leaders(learners)}
+    mixed = bool(_mixed_data(rows))
+    leaders = set() if mixed else {r.label for r in _leaders(learners)}
     several = any(r.accuracy and r.accuracy.n > 1 for r in rows)
     score = _score(comparison)
     table = Table(title=Text(_title(comparison)), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -529,6 +547,8 @@ def rich_table(comparison: Mapping[str, Any]) -> Table:
         ("Accuracies in per cent, " if score.percent else f"Scores: {score.name}, ")
         + ("± 95 % confidence interval over seeds." if several else "one seed, no interval.")
     ]
+    if mixed:
+        notes.append("Not all runs saw the same data: not comparable.")
     if references:
         notes.append("* reference: sees more than a continual learner may.")
     table.caption = Text(" ".join(notes))
@@ -562,7 +582,7 @@ def headline(comparison: Mapping[str, Any]) -> str:
     """One sentence that says what was found, and no more than the numbers bear out.
 
     The best strategy is the one with the highest mean average accuracy, references aside. It is called best only if its
-    95 % interval lies above those of all others; with one seed it is merely ahead.
+    95 % interval lies above those of all others; with one seed it is merely ahead, and of runs on different data none is.
     """
     rows = _rows(comparison)
     learners = [r for r in _sorted(rows, False) if r.accuracy]
@@ -577,17 +597,19 @@ def headline(comparison: Mapping[str, Any]) -> str:
             f"Only references ran {where}: {first.label} reaches {_in_words(first)} {average}. "
             "No continual learner was measured."
         )
-    best = learners[0]
+    best, mixed = learners[0], bool(_mixed_data(rows))
     if len(learners) == 1:
         tail = "" if best.accuracy and best.accuracy.n > 1 else " (one seed, no interval)"
+        tail += ", but not all runs saw the same data" * mixed
         return f"{best.label} reaches {_in_words(best)} {average} {where}{tail}."
+    if mixed:
+        return f"No verdict on {_few(map(_told, learners))} {where}: not all runs saw the same data."
     leaders, second = _leaders(learners), learners[1]
     if len(leaders) > 1:
-        names = [f"{r.label} ({_in_words(r)})" for r in leaders[:3]]
-        if len(leaders) > 3:
-            names = [*names[:2], f"{len(leaders) - 2} more"]
-        word = "between" if len(leaders) == 2 else "among"
-        return f"No clear winner {word} {_list(names)} {where}: their 95 % intervals overlap{_of_one_seed(learners)}."
+        return (
+            f"No clear winner {'between' if len(leaders) == 2 else 'among'} {_few(map(_told, leaders))} {where}: their 95 % "
+            f"intervals overlap{_beaten_by_some(leaders, learners)}{_of_one_seed(learners)}."
+        )
     compared = f"{best.label} ({_in_words(best)} {average})"
     single = [r.label for r in (best, second) if r.accuracy and r.accuracy.n < 2]
     if single:
@@ -598,31 +620,47 @@ def headline(comparison: Mapping[str, Any]) -> str:
         which = "one seed, no interval" if len(single) == 2 else f"{single[0]} has one seed, no interval"
         return f"{compared} is ahead of {second.label} ({_in_words(second)}) {where}, but {which}: it may be chance."
     several = sum(r.accuracy is not None and r.accuracy.n > 1 for r in learners)
-    rivals = f"{second.label} ({_in_words(second)})" + (" and the rest" if several > 2 else "")
+    rivals = _told(second) + (" and the rest" if several > 2 else "")
     return f"{compared} clearly beats {rivals} {where}{_of_one_seed(learners)}."
 
 
 def _of_one_seed(learners: Sequence[Row]) -> str:
     """What a sentence on intervals must add about those that have none."""
-    alone = [f"{r.label} ({_in_words(r)})" for r in learners if r.accuracy and r.accuracy.n < 2]
+    alone = [_told(r) for r in learners if r.accuracy and r.accuracy.n < 2]
     return f"; {_list(alone)} {'has' if len(alone) == 1 else 'have'} one seed and no interval" if alone else ""
 
 
+def _beaten_by_some(leaders: Sequence[Row], learners: Sequence[Row]) -> str:
+    """What a sentence on overlapping intervals must add about those below some leaders', but not below the others'."""
+    beaten: dict[tuple[str, ...], list[str]] = {}
+    for row in learners:
+        winners = tuple(r.label for r in leaders if _clearly_above(r, row))
+        if 0 < len(winners) < len(leaders):
+            beaten.setdefault(winners, []).append(_told(row))
+    told = ""
+    for winners, rows in beaten.items():
+        others = [r.label for r in leaders if r.label not in winners]
+        told += f"; {_few(winners)} clearly {'beats' if len(winners) == 1 else 'beat'} {_few(rows)}, "
+        told += f"{_few(others)} {'does' if len(others) == 1 else 'do'} not"
+    return told
+
+
 def findings(comparison: Mapping[str, Any]) -> list[str]:
-    """The sentences that follow the headline: gap to the upper bound, forgetting, cost, and what weakens the result."""
+    """The sentences that follow the headline: gap to the upper bound, forgetting, cost, and what weakens the result.
+
+    Of runs on different data the first says so, and strategies are not told against each other.
+    """
     rows = _rows(comparison)
     learners = [r for r in _sorted(rows, False) if r.accuracy]
-    leaders = (_leaders(learners) or learners[:1])[:3]
-    found = [
-        *_gap(leaders, [r for r in _sorted(rows, True) if r.accuracy]),
-        *_forgot(leaders, learners),
-        *_price(leaders, learners),
-    ]
+    found = _mixed_data(rows)
+    if not found:
+        leaders = (_leaders(learners) or learners[:1])[:3]
+        found += _gap(leaders, [r for r in _sorted(rows, True) if r.accuracy])
+        found += _forgot(leaders, learners)
+        found += _price(leaders, learners)
     chance = _number(comparison.get("chance"))
-    if chance is not None and leaders:
-        low = leaders[0].accuracy.low if leaders[0].accuracy else 0.0
-        if low <= chance:
-            found.append(f"Guessing gives {100 * chance:.1f} %: even {leaders[0].label} is not clearly above chance.")
+    if chance is not None:
+        found += _not_above(chance, learners)
     runs = [run for row in rows for run in row.runs]
     missing = len(runs) - sum(len(row.done) for row in rows)
     if missing:
@@ -632,13 +670,94 @@ def findings(comparison: Mapping[str, Any]) -> list[str]:
     seeds = {tuple(sorted(str(run.get("seed")) for run in row.done)) for row in rows if row.done}
     if len(seeds) > 1:
         found.append("The strategies were not all measured on the same seeds, so compare them with care.")
-    by_seed: dict[Any, set[str]] = {}
-    for run in runs:
-        if run.get("fingerprint"):
-            by_seed.setdefault(run.get("seed"), set()).add(str(run["fingerprint"]))
-    if any(len(prints) > 1 for prints in by_seed.values()):
-        found.append("Runs with one seed were tested on different data (their fingerprints differ): not comparable.")
     return found
+
+
+def _mixed_data(rows: Sequence[Row]) -> list[str]:
+    """How it shows that the finished runs did not all see the same data; nothing where it does not."""
+    by_seed: dict[Any, list[tuple[str, Any]]] = {}
+    for row in rows:
+        for run in row.done:
+            by_seed.setdefault(run.get("seed"), []).append((row.label, run))
+    tested = (
+        f"seed {seed}: {told}"
+        for seed, runs in by_seed.items()
+        if (told := _parted((f"fingerprint {str(run.get('fingerprint') or '')[:12]}", of) for of, run in runs))
+    )
+    trained = (
+        f"seed {seed}, {told}"
+        for seed, runs in by_seed.items()
+        for i in range(max(len(run.get("experiences") or []) for _, run in runs))
+        for name in _TRAINED_ON
+        if (told := _parted_in(runs, i, name))
+    )
+    between = (f"{row.label}: {told}" for row in rows if (told := _changed_between_seeds(row.done)))
+    sentences = (
+        ("Runs with one seed were tested on different data ({}): not comparable.", tested),
+        ("Runs with one seed were trained on different data ({}): not comparable.", trained),
+        ("The data changed between seeds ({}): means and intervals are of different things.", between),
+    )
+    return [sentence.format(first) for sentence, all_told in sentences if (first := next(all_told, None))]
+
+
+def _changed_between_seeds(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How it shows that one strategy's ``runs`` saw data that do not differ for their seeds' sake; ``""`` where not.
+
+    Another seed may rightly mean another order and other draws, and so other data. But what some seeds share has nothing
+    of the seed in it, so that all should; and where they all share an experience, the others should keep their sizes.
+    """
+    plans: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        plan = [(e.get("name"), e.get("classes")) for e in run.get("experiences") or []]
+        if plan:
+            plans.setdefault(json.dumps(plan), []).append(run)
+    for same in plans.values():
+        seeds = [f"seed {run.get('seed')}" for run in same]
+        experiences = [run["experiences"] for run in same]
+        digests = [[str(e.get("train_digest") or "") for e in es] for es in experiences]
+        tests = [str(run.get("fingerprint") or "")[:12] for run in same]
+        for what, values in (("fingerprint", tests), ("training data", ["".join(d) for d in digests])):
+            if all(values) and 1 < len(set(values)) < len(values):
+                return _parted((f"{what} {value[:12]}", seed) for value, seed in zip(values, seeds, strict=True))
+        if any(d[0] and len(set(d)) == 1 for d in zip(*digests, strict=True)):
+            for i in range(len(digests[0])):
+                if told := _parted_in(zip(seeds, same, strict=True), i, "test_samples"):
+                    return told
+            # Of all: a stream that is cut at recordings has pieces of other sizes in another order.
+            sums = (sum(e["train_samples"] for e in es) for es in experiences)
+            if told := _parted((f"{n} training samples", seed) for n, seed in zip(sums, seeds, strict=True)):
+                return told
+    return ""
+
+
+def _parted_in(runs: Iterable[tuple[str, Mapping[str, Any]]], i: int, name: str) -> str:
+    """``classes 0 1, train samples: 27 for …, 13 for …``; runs that do not say count with any, as older ones hold less."""
+    found, where = [], ""
+    for whose, run in runs:
+        experiences = run.get("experiences") or []
+        if i < len(experiences) and experiences[i].get(name) is not None:
+            found.append((str(experiences[i][name]), whose))
+            where = str(experiences[i].get("name") or f"experience {i + 1}")
+    told = _parted(found)
+    return f"{where}, {name.replace('_', ' ')}: {told}" if told else ""
+
+
+def _parted(found: Iterable[tuple[str, str]]) -> str:
+    """``27 for naive and replay, 13 for ewc``: of values and whose they are; ``""`` where there is one value."""
+    met: dict[str, dict[str, None]] = {}
+    for value, whose in found:
+        if value:
+            met.setdefault(value, {})[whose] = None
+    return ", ".join(f"{value} for {_few(whose)}" for value, whose in met.items()) if len(met) > 1 else ""
+
+
+def _not_above(chance: float, learners: Sequence[Row]) -> Iterator[str]:
+    """Who may as well have guessed."""
+    low = [r.label for r in learners if r.accuracy and r.accuracy.low <= chance]
+    if low:
+        who = f"even {learners[0].label}" if len(low) == len(learners) else _few(low)
+        are = "is" if len(low) in (1, len(learners)) else "are"
+        yield f"Guessing gives {100 * chance:.1f} %: {who} {are} not clearly above chance."
 
 
 def _gap(leaders: Sequence[Row], references: Sequence[Row]) -> Iterator[str]:
@@ -666,17 +785,20 @@ def _forgot(leaders: Sequence[Row], learners: Sequence[Row]) -> Iterator[str]:
         stat = row.metrics.get("forgetting")
         if stat is None:
             continue
-        points = row.score.difference(stat.mean)
-        parts.append(
-            f"{row.label} loses {points} of {row.score.name} on earlier experiences"
-            if points and stat.mean > 0
-            else f"{row.label} forgets nothing on average" + (f" (earlier experiences gain {points})" if points else "")
-        )
+        points = row.score.difference(stat.mean, stat.half)
+        if points and stat.half and stat.low <= 0 <= stat.high:
+            lost = "lost" if stat.mean > 0 else "gained"
+            parts.append(f"{row.label} shows no clear forgetting ({points} {lost} on earlier experiences)")
+        elif points and stat.mean > 0:
+            parts.append(f"{row.label} loses {points} of {row.score.name} on earlier experiences")
+        else:
+            gain = f" (earlier experiences gain {points})" if points else ""
+            parts.append(f"{row.label} forgets nothing on average{gain}")
     if not parts:
         return
     against = ""
     if naive and naive not in leaders and "forgetting" in naive.metrics:
-        against = f" (naive training: {naive.score.number(naive.metrics['forgetting'].mean)})"
+        against = f" (naive training: {naive.score.stat(naive.metrics['forgetting'])})"
     yield f"Forgetting: {_list(parts)}{against}."
 
 
@@ -697,16 +819,30 @@ def _price(leaders: Sequence[Row], learners: Sequence[Row]) -> Iterator[str]:
         state = row.cost.get("strategy_state_bytes")
         if state:
             words.append(f"{_bytes(state.mean)} of its own state" if state.mean else "no state of its own")
-        peak, low = row.cost.get("peak_memory_bytes"), naive.cost.get("peak_memory_bytes") if naive else None
-        if peak and low and naive is not row and low.mean > 0:
-            ratio = peak.mean / low.mean
-            words.append(
-                "as much peak memory as naive" if abs(ratio - 1) < 0.02 else f"{ratio:.2f}× naive's peak memory"
-            )
+        if naive and naive is not row:
+            words += _memory(row, naive)
         if words:
             parts.append(f"{row.label} needs {_list(words)}")
     if parts:
         yield f"Cost: {'; '.join(parts)}."
+
+
+def _memory(row: Row, naive: Row) -> Iterator[str]:
+    """What ``row`` needs beyond model and data, against naive; nothing where that drowns in what every run differs by.
+
+    The whole peak would not do: it is that of the process, which grows with every run in it.
+    """
+    mine, base = row.cost.get("own_memory_bytes"), naive.cost.get("own_memory_bytes")
+    if mine is None or base is None or max(mine.mean, base.mean) < _NOISE_BYTES:
+        return
+    if base.mean < _NOISE_BYTES:
+        yield f"{_bytes(mine.mean)} of memory beyond model and data (naive: {_bytes(base.mean)})"
+        return
+    ratio = mine.mean / base.mean
+    if 1 / _NOISE_RATIO <= ratio <= _NOISE_RATIO:
+        yield "about as much memory beyond model and data as naive"
+    else:
+        yield f"{ratio:.1f}× naive's memory beyond model and data ({_bytes(mine.mean)} against {_bytes(base.mean)})"
 
 
 def _naive(rows: Sequence[Row]) -> Row | None:
@@ -714,16 +850,21 @@ def _naive(rows: Sequence[Row]) -> Row | None:
 
 
 def _leaders(learners: Sequence[Row]) -> list[Row]:
-    """The best of ``learners`` (sorted) and all whose 95 % interval overlaps its own; just the best with one seed."""
+    """Those of ``learners`` (sorted) whose 95 % interval lies below no other's; just the best where that has one seed.
+
+    The best is one of them, and the intervals of any two overlap.
+    """
     measured = [r for r in learners if r.accuracy]
-    if not measured:
-        return []
-    best = measured[0].accuracy
-    assert best is not None
-    if best.n < 2:
+    if not measured or (measured[0].accuracy and measured[0].accuracy.n < 2):
         return measured[:1]
-    rest = [r for r in measured[1:] if r.accuracy and r.accuracy.n > 1 and r.accuracy.high >= best.low]
-    return [measured[0], *rest]
+    several = [r for r in measured if r.accuracy and r.accuracy.n > 1]
+    return [r for r in several if not any(_clearly_above(other, r) for other in several)]
+
+
+def _clearly_above(row: Row, other: Row) -> bool:
+    """Whether the interval of ``row`` lies above that of ``other``; both have one."""
+    mine, its = row.accuracy, other.accuracy
+    return mine is not None and its is not None and mine.n > 1 and its.n > 1 and mine.low > its.high
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -823,7 +964,7 @@ def _view(comparison: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], 
     rows = _rows(comparison)
     learners, references = _sorted(rows, False), _sorted(rows, True)
     shown = [r for r in [*learners, *references] if r.done]
-    leaders = {r.label for r in _leaders(learners)}
+    leaders = set() if _mixed_data(rows) else {r.label for r in _leaders(learners)}
     names = _experience_names(rows)
     charts = _draw(shown, names)
     diagnoses = [_diagnosed(d, n) for n, d in enumerate(_diagnoses(rows, folder), 1)]
@@ -876,6 +1017,13 @@ def _view(comparison: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], 
         "panels_note": _panels_note(names),
         "diagnoses": diagnoses,
         "cost_heads": [_COSTS[c] for c in costs],
+        "cost_note": "Mean over seeds. Times depend on the machine and on what else ran on it."
+        + (
+            " Beyond model and data: what the run added to all that was held just before its first step. The whole peak "
+            "holds libraries, too, and what earlier runs left in the process."
+            if "own_memory_bytes" in costs
+            else ""
+        ),
         "cost_rows": [
             {"label": r.label, "cells": [_cost(r, c) for c in costs], "ratio": _ratio_to_naive(r, learners)}
             for r in shown
@@ -1097,7 +1245,9 @@ def _reproduction(
     """The commands that measure this again, and that write this page again."""
     commands = []
     if environment["commit"]:
-        commands.append(f"git checkout {shlex.quote(environment['commit'])}")
+        commit = environment["commit"].removesuffix(CHANGES)
+        note = "  # with local changes, which were not kept" if commit != environment["commit"] else ""
+        commands.append(f"git checkout {shlex.quote(commit)}{note}")
     for setting in settings:
         compare = re.search(r"^(strategies|seeds):\s*(\n|\[)", setting["text"], re.MULTILINE) is not None
         commands.append(f"cl-lab {'compare' if compare else 'run'} {shlex.quote(setting['path'])}")
@@ -1682,6 +1832,11 @@ def _in_words(row: Row) -> str:
     return row.score.words(row.accuracy)
 
 
+def _told(row: Row) -> str:
+    """``ewc (91.3 % ± 0.8)``: a row inside a sentence."""
+    return f"{row.label} ({_in_words(row)})"
+
+
 def _cost(row: Row, name: str) -> str:
     stat = row.cost.get(name)
     if stat is None:
@@ -1724,6 +1879,12 @@ def _plural(count: int, word: str, words: str | None = None) -> str:
 def _list(items: Sequence[str]) -> str:
     """``a, b and c``."""
     return " and ".join(items) if len(items) < 3 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def _few(items: Iterable[str]) -> str:
+    """``a, b and c``, or of more ``a, b and 7 more``."""
+    items = list(items)
+    return _list(items if len(items) <= 3 else [*items[:2], f"{len(items) - 2} more"])
 
 
 def _markdown(value: Any) -> str:

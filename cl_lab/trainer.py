@@ -86,16 +86,20 @@ class Record:
     samples: int = 0
     steps: int = 0
     peak_memory_bytes: int = 0
+    own_memory_bytes: int | None = None
+    """Peak above what was held just before the first step; ``None`` where the system does not let it be measured."""
     strategy_state_bytes: int = 0
     trainable_parameters: int = 0
 
     def cost(self) -> dict[str, float]:
         """What the run cost, in seconds, samples per second, bytes and scalars."""
+        own = {} if self.own_memory_bytes is None else {"own_memory_bytes": self.own_memory_bytes}
         return {
             "train_seconds": self.train_seconds,
             "eval_seconds": self.eval_seconds,
             "samples_per_second": self.samples / self.train_seconds if self.train_seconds else 0.0,
             "peak_memory_bytes": self.peak_memory_bytes,
+            **own,
             "strategy_state_bytes": self.strategy_state_bytes,
             "trainable_parameters": self.trainable_parameters,
         }
@@ -170,7 +174,7 @@ class Trainer:
         record and the last checkpoint hold everything so far.
         """
         warm_up(self.learner.device)
-        _reset_peak_memory(self.learner.device)
+        held = _reset_peak_memory(self.learner.device)
         done = self.record.steps
         self.observer.started(done + self._steps_left(), done)
         if not self.record.initial:
@@ -189,7 +193,10 @@ class Trainer:
             self.record.trainable_parameters = self.learner.trainable_parameters
             self.record.measures.append(self.strategy.measures() | self._other_scores(experience.index + 1))
             self.record.strategy_state_bytes = state_bytes(self.strategy.state_dict())
-            self.record.peak_memory_bytes = max(self.record.peak_memory_bytes, _peak_memory(self.learner.device))
+            peak = _peak_memory(self.learner.device)
+            self.record.peak_memory_bytes = max(self.record.peak_memory_bytes, peak)
+            if held is not None:
+                self.record.own_memory_bytes = max(self.record.own_memory_bytes or 0, peak - held)
             self._position = _Position(experience=experience.index + 1)
             if not self.strategy.reference:
                 experience.release()
@@ -585,16 +592,21 @@ def learning_rate(t: TrainingConfig, step: int, total: int) -> float:
     return t.lr
 
 
-def _reset_peak_memory(device: torch.device) -> None:
-    """Start measuring the peak anew: a comparison's runs share a process, and one must not inherit another's peak."""
+def _reset_peak_memory(device: torch.device) -> int | None:
+    """Start measuring the peak anew and return it, which is all that is held by now; ``None`` where that cannot be done.
+
+    A comparison's runs share a process: one must not inherit another's peak, nor be charged for what others left behind.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
+        return _peak_memory(device)
     give_freed_memory_back()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident set's high-water mark
     except OSError as error:
         log.debug("the peak memory is that of the whole process: %s", error)
+        return None
+    return _peak_memory(device)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -239,6 +239,10 @@ def find_task(name: str, data_dir: str | None, test_share: float) -> Task:
         if found:
             return _folder_task(found[0])
         known |= {f.name for f in shelf}
+    if path.is_dir():  # a bare name is looked for among the data alone, or one in the working directory would hide it
+        raise DataError(
+            f"text-stream: task '{name}' is none of the data; for the folder of that name that is here write ./{name}"
+        )
     searched = ", ".join(str(r) for r in roots(data_dir))
     raise DataError(
         f"text-stream: task '{name}' not found below {searched} (nor there in {', '.join(_SHELVES)})"

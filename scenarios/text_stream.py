@@ -610,12 +610,12 @@ def _prompts(
     least, most = dict.fromkeys(long, 1), {i: len(pieces[i]) for i in long}
     short, over = {}, {i: len(prompts[i]) for i in long}
     for i, p in try_with(least).items():
-        if len(p) > limit:
-            raise ConfigError(
-                f"max_prompt = {limit}: the prompt of task '{task.name}' takes {len(p)} tokens even with one word "
-                "of its text; raise it well above"
-            )
         prompts[i], short[i] = p, len(p)
+    if (needed := max(short.values(), default=0)) > limit:
+        raise ConfigError(
+            f"max_prompt = {limit}: a prompt of task '{task.name}' takes {needed} tokens even with one word of its text; "
+            f"raise it well above {needed}"
+        )
     halve = False
     while tries := {i: most[i] - least[i] for i in long if most[i] - least[i] > 1}:
         for i, room in tries.items():

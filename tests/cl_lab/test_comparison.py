@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from cl_lab import checkpoint
 from cl_lab.comparison import compare
 from cl_lab.config import RunConfig, parse
 from cl_lab.errors import ConfigError, PluginError, UserError
-from cl_lab.experiment import run
-from cl_lab.files import run_folders
+from cl_lab.experiment import export, run
+from cl_lab.files import alone_in, run_folders
 from cl_lab.reporting import from_runs
 
 
@@ -36,12 +39,111 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(tmp_path: P
     assert (tmp_path / "config.yaml").read_text() == before
 
 
-def test_runs_set_aside_stay_out_of_the_report(tmp_path: Path) -> None:
+def test_a_second_comparison_keeps_the_first_whole(tmp_path: Path) -> None:
+    first = compare(settings(), tmp_path / "out")
+    before = sorted(p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*"))
+    second = compare(settings(training={"lr": 0.2}), tmp_path / "out")
+    aside = tmp_path / "out.old-1"
+    assert sorted(p.relative_to(aside) for p in aside.rglob("*")) == before
+    assert from_runs([aside])["rows"][0]["runs"][0]["matrix"] == first["rows"][0]["runs"][0]["matrix"]
+    assert from_runs([tmp_path / "out"])["rows"][0]["runs"][0]["matrix"] == second["rows"][0]["runs"][0]["matrix"]
+
+
+def test_a_run_that_failed_under_other_settings_makes_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What its message advises, a lower rate, can be followed with --resume; the others stay as they are."""
+    wild = {"name": "naive", "label": "wild", "training": {"lr": 1e30}}
+    found = compare(settings(strategies=["naive", wild]), tmp_path)
+    assert [row["runs"][0]["status"] for row in found["rows"]] == ["finished", "failed"]
+    written = (tmp_path / "runs" / "naive-seed0" / "run.json").stat().st_mtime_ns
+    tamed = {**wild, "training": {"lr": 0.1}}
+    again = compare(settings(strategies=["naive", tamed]), tmp_path, resume=True)
+    assert [row["runs"][0]["status"] for row in again["rows"]] == ["finished", "finished"]
+    assert "wild-seed0 held a run that failed under other settings; it is kept as wild-seed0.old-1" in caplog.text
+    assert (tmp_path / "runs" / "naive-seed0" / "run.json").stat().st_mtime_ns == written
+    assert [p.name for p in run_folders(tmp_path)] == ["naive-seed0", "wild-seed0"], (
+        "what was set aside is no run of it"
+    )
+    assert [row["strategy"] for row in from_runs([tmp_path])["rows"]] == ["naive", "wild"]
+
+
+def test_a_comparison_leaves_a_single_run_its_settings(tmp_path: Path) -> None:
+    run(settings(training={"lr": 0.2}), tmp_path / "out")
+    before = (tmp_path / "out" / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"out' holds a single run; leave --resume out"):
+        compare(settings(), tmp_path / "out", resume=True)
+    compare(settings(), tmp_path / "out")
+    assert (tmp_path / "out.old-1" / "config.yaml").read_text() == before
+    assert (tmp_path / "out.old-1" / "run.json").exists()
+    assert not (tmp_path / "out" / "run.json").exists()
+    with pytest.raises(ConfigError, match=r"out' holds a comparison; cl-lab compare goes on with it"):
+        run(settings(), tmp_path / "out", resume=True)
+    with pytest.raises(UserError, match=r"^export: .* holds a comparison; name one of its runs"):
+        export(tmp_path / "out", tmp_path / "export")
+
+
+def test_one_process_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    compare(settings(), tmp_path / "out")
+    run(settings(), tmp_path / "one")
+    before = sorted(tmp_path.rglob("*"))
+    for job, folder in ((compare, "out"), (run, "one"), (run, "new")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        with alone_in(tmp_path / folder):
+            for resume in (False, True):
+                with pytest.raises(ConfigError, match=rf"{folder}': process {os.getpid()} is running there; wait"):
+                    job(settings(), tmp_path / folder, resume=resume)
+    assert sorted(p for p in tmp_path.rglob("*") if "new" not in p.parts) == before
+    assert run(settings(), tmp_path / "new")["status"] == "finished", "the lock ends with who held it"
+
+
+def test_finished_runs_on_other_data_are_refused_where_others_are_to_join_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compare(settings(), tmp_path)
-    compare(settings(), tmp_path)
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["naive-seed0", "naive-seed0.old-1"]
+    place = tmp_path / "runs" / "naive-seed0" / "run.json"
+    document = json.loads(place.read_text())
+    document["experiences"][1]["train_digest"] = "0" * 16
+    place.write_text(json.dumps(document))
+    with monkeypatch.context() as patched:
+        patched.setattr("cl_lab.experiment.stream_of", lambda *_: pytest.fail("nothing is left to run"))
+        compare(settings(), tmp_path, resume=True)
+    for more in ({"strategies": ["naive", "joint"]}, {"seeds": [0, 1]}):
+        with pytest.raises(UserError, match=r"naive-seed0' ran on other training data .*train_digest of experience 2"):
+            compare(settings(**more), tmp_path, resume=True)
     assert [p.name for p in run_folders(tmp_path)] == ["naive-seed0"]
-    assert [row["strategy"] for row in from_runs([tmp_path])["rows"]] == ["naive"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"scenario": {"name": "split-digits", "experiences": 3}}, "experiences"),
+        ({"model": {"name": "mlp", "hidden": [0]}}, "hidden"),
+        ({"engine": {"device": "cuda"}}, "torch sees no GPU"),
+    ],
+)
+def test_what_cannot_be_built_moves_nothing(changes: dict[str, object], match: str, tmp_path: Path) -> None:
+    if "engine" in changes and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    for job in (compare, run):
+        folder = tmp_path / job.__name__
+        job(settings(), folder)
+        before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != ".lock"}
+        with pytest.raises(UserError, match=match):
+            job(settings(**changes), folder)
+        assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != ".lock"} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["compare", "run"]
+
+
+def test_a_full_disk_at_the_end_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cl_lab.comparison.write_atomically", full)
+        with pytest.raises(
+            UserError, match=r"comparison\.json': No space left on device; every run is kept: make room"
+        ):
+            compare(settings(), tmp_path)
+    assert compare(settings(), tmp_path, resume=True)["rows"][0]["runs"][0]["resumed"] == 0, "it had finished"
 
 
 def test_labels_of_any_script_have_folders_of_their_own(tmp_path: Path) -> None:

@@ -885,3 +885,9 @@ def test_attention_in_bf16_on_a_cpu_is_that_of_fp32() -> None:
         assert x.grad is not None
         assert y.grad is not None
         assert torch.equal(x.grad, y.grad.bfloat16())
+
+
+def test_the_random_model_has_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_locate", lambda name: pytest.fail("the hub is not asked for it"))
+    with pytest.raises(ConfigError, match=r"^tokenizer 'tiny': the random model has none of its own; take bytes$"):
+        hub.load_tokenizer("tiny")

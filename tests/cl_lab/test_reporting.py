@@ -182,7 +182,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
         "scenario: {name: split-digits}\nstrategies: [naive]\n"
         "tracking: {uri: 'postgresql://me:secret@host/db'}\n# ```\n# </pre><script>alert(1)</script>\n"
     )
-    environment = {"packages": {"torch": "2.13"}, "git_commit": "abc123", "python": "3.11.9", "threads": 2}
+    environment = {"packages": {"torch": "2.13"}, "git_commit": "abc123+changes", "python": "3.11.9", "threads": 2}
     (folder / "environment.json").write_text(json.dumps(environment))
     page, twin = write_report(full_comparison(), folder)
     assert (page, twin) == (folder / "report.html", folder / "report.md")
@@ -276,7 +276,7 @@ def test_settings_environment_and_command(written: tuple[Path, str, str]) -> Non
     folder, page, twin = written
     for text in (page, twin):
         assert f"cl-lab compare {folder / 'config.yaml'}" in text
-        assert "git checkout abc123" in text
+        assert "git checkout abc123  # with local changes" in text
         assert "3.11.9" in text
         assert f"{1:064x}" in text
 
@@ -330,7 +330,7 @@ def test_clear_winner() -> None:
     assert text == ("replay (91.0 % ± 2.5 average accuracy) clearly beats naive (20.0 % ± 2.5) on split-digits.")
     told = " ".join(findings(found))
     assert "joint, which sees all data at once, reaches 97.0 % ± 2.5; replay is 6.0 points below it." in told
-    assert "replay loses 9.0 points of accuracy on earlier experiences (naive training: 80.0)." in told
+    assert "replay loses 9.0 ± 2.5 points of accuracy on earlier experiences (naive training: 80.0 ± 2.5)." in told
     assert "replay needs 1.5× naive's training time (1.5 s against 1 s) and 2 KiB of its own state." in told
     assert "finish" not in told
     assert "chance" not in told
@@ -409,13 +409,170 @@ def test_a_reference_is_never_the_winner() -> None:
     assert headline(found).startswith("ewc reaches")
 
 
+def test_a_noisy_strategy_makes_no_winner_of_one_that_another_beats() -> None:
+    """The widest interval overlaps both others, which do not overlap each other."""
+    noisy, sure, naive = [1.0, 0.4, 0.57], [0.5, 0.6, 0.65], [0.2, 0.2, 0.2]
+    found = made_up_comparison(*map(made_up_row, ("new", "replay", "naive"), (noisy, sure, naive)), chance=0.2)
+    assert headline(found) == (
+        "No clear winner between new (65.7 % ± 76.8) and replay (58.3 % ± 19.0) on split-digits: their 95 % intervals "
+        "overlap; replay clearly beats naive (20.0 % ± 0.0), new does not."
+    )
+    assert "Guessing gives 20.0 %: new and naive are not clearly above chance." in findings(found)
+    more = made_up_comparison(*map(made_up_row, ("new", "replay", "ewc", "naive"), (noisy, sure, sure, naive)))
+    assert headline(more).endswith("replay and ewc clearly beat naive (20.0 % ± 0.0), new does not.")
+
+
+def test_forgetting_is_told_with_its_interval() -> None:
+    def told(*values: float) -> str:
+        runs = made_up_row("ewc", [0.5] * len(values))
+        for run, value in zip(runs, values, strict=True):
+            run["metrics"]["forgetting"] = value
+        return next(s for s in findings(made_up_comparison(runs)) if s.startswith("Forgetting: "))
+
+    assert told(0.5, -0.5, 0.2) == (
+        "Forgetting: ewc shows no clear forgetting (6.7 ± 127.5 points lost on earlier experiences)."
+    )
+    assert "no clear forgetting (6.7 ± 127.5 points gained on" in told(-0.5, 0.5, -0.2)
+    assert "no clear forgetting (0.0 ± 127.1 points" in told(-0.1, 0.1)
+    assert "ewc loses 20.0 ± 2.5 points of accuracy" in told(0.2, 0.19, 0.21)
+    assert "ewc forgets nothing on average (earlier experiences gain 20.0 ± 2.5 points)" in told(-0.2, -0.19, -0.21)
+    assert "ewc loses 20.0 points of accuracy" in told(0.2)
+    assert told(0.0, 0.0) == told(0.0, 1e-9) == "Forgetting: ewc forgets nothing on average."
+
+
+@pytest.mark.parametrize(
+    ("own", "base", "told"),
+    [
+        (400, 200, " and 2.0× naive's memory beyond model and data (400 MiB against 200 MiB)"),
+        (50, 200, " and 0.2× naive's memory beyond model and data (50 MiB against 200 MiB)"),
+        (220, 200, " and about as much memory beyond model and data as naive"),
+        (300, 4, " and 300 MiB of memory beyond model and data (naive: 4 MiB)"),
+        (12, 4, ""),
+        (None, 200, ""),
+    ],
+)
+def test_memory_is_told_where_it_is_no_noise(own: int | None, base: int, told: str) -> None:
+    """Never the whole peak: it grows with every run in the process, whatever the strategy."""
+    cost = {} if own is None else {"own_memory_bytes": own * 2.0**20}
+    rows = [
+        made_up_row("ewc", [0.9, 0.91], **cost, peak_memory_bytes=9e9),
+        made_up_row("naive", [0.2, 0.21], own_memory_bytes=base * 2.0**20, peak_memory_bytes=5e8),
+    ]
+    sentence = next(s for s in findings(made_up_comparison(*rows)) if s.startswith("Cost: "))
+    assert sentence.endswith(f"no state of its own{told}.") or (told and sentence.endswith(f"of its own state{told}."))
+    assert ("memory" in sentence) is bool(told)
+
+
 def test_weaknesses_are_said() -> None:
     rows = [made_up_row("a", [0.05, 0.12, 0.11]), made_up_row("b", [0.04, 0.05])]
-    rows[1][0]["fingerprint"] = "other"
     told = " ".join(findings(made_up_comparison(*rows)))
     assert "Guessing gives 10.0 %: even a is not clearly above chance." in told
     assert "not all measured on the same seeds" in told
-    assert "different data" in told
+    assert "different data" not in told
+
+
+# -- runs on different data ------------------------------------------------------------------------------------------
+
+
+def with_data(runs: list[dict[str, Any]], changed: dict[str, Any], seeds: tuple[int, ...] = (0, 1, 2)) -> None:
+    """Give every run a fingerprint and digests as of a stream without a seed in it, and some ``changed`` of the third."""
+    for run in runs:
+        run["fingerprint"] = "same"
+        run["experiences"] = [{**e, "train_digest": f"d{e['index']}"} for e in run["experiences"]]
+        if run["seed"] in seeds:
+            run["experiences"][2] |= {k: v for k, v in changed.items() if k != "fingerprint"}
+            run["fingerprint"] = changed.get("fingerprint", "same")
+
+
+def two_rows() -> list[list[dict[str, Any]]]:
+    return [made_up_row("naive", [0.20, 0.19, 0.21]), made_up_row("replay", [0.90, 0.91, 0.92])]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (
+            {"fingerprint": "other"},
+            "tested on different data (seed 0: fingerprint same for naive, fingerprint other for",
+        ),
+        ({"train_samples": 13}, "trained on different data (seed 0, digits 4 5, train samples: 287 for naive, 13 for"),
+        (
+            {"train_digest": "x"},
+            "trained on different data (seed 0, digits 4 5, train digest: d2 for naive, x for replay)",
+        ),
+    ],
+)
+def test_strategies_on_different_data_are_not_compared(changed: dict[str, Any], told: str, tmp_path: Path) -> None:
+    rows = two_rows()
+    for runs in rows:
+        with_data(runs, {})
+    assert "clearly beats" in headline(made_up_comparison(*rows))
+    assert not re.search("different data|changed", " ".join(findings(made_up_comparison(*rows))))
+    with_data(rows[1], changed)
+    found = made_up_comparison(*rows)
+    assert headline(found) == (
+        "No verdict on replay (91.0 % ± 2.5) and naive (20.0 % ± 2.5) on split-digits: not all runs saw the same data."
+    )
+    assert findings(found)[0].startswith(f"Runs with one seed were {told}")
+    assert not [s for s in findings(found) if s.startswith(("Forgetting", "Cost"))]
+    assert 'class="best"' not in write_report(found, tmp_path)[0].read_text("utf-8")
+    assert "Not all runs saw the same data" in " ".join(printed(found).split())
+
+
+def test_older_runs_that_kept_no_digest_are_compared() -> None:
+    rows = two_rows()
+    with_data(rows[1], {})
+    rows[0][0]["fingerprint"] = rows[0][1]["fingerprint"] = rows[0][2]["fingerprint"] = "same"
+    assert "clearly beats" in headline(made_up_comparison(*rows))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"fingerprint": "other"}, "fingerprint same for seed 0 and seed 1, fingerprint other for seed 2"),
+        ({"train_digest": "x"}, "training data d0d1d2d3d4 for seed 0 and seed 1, training data d0d1xd3d4 for seed 2"),
+        ({"train_digest": "x", "train_samples": 13}, "1161 training samples for seed 2"),
+        ({"train_digest": "x", "test_samples": 13}, "digits 4 5, test samples: 72 for seed 0, 13 for seed 2"),
+    ],
+)
+def test_data_that_changed_between_seeds_are_told(changed: dict[str, Any], told: str) -> None:
+    """Of three seeds by what the others share; of two by sizes that no seed should change."""
+    rows = two_rows()
+    for runs in rows:
+        with_data(runs, changed, seeds=(2,))
+        if set(changed) - {"fingerprint", "train_digest"}:
+            del runs[1]
+    found = made_up_comparison(*rows)
+    assert headline(found).endswith("not all runs saw the same data.")
+    assert findings(found)[0].startswith("The data changed between seeds (naive: ")
+    assert told in findings(found)[0]
+    alone = made_up_comparison(rows[0])
+    assert headline(alone).startswith("naive reaches 20.")
+    assert headline(alone).endswith("on split-digits, but not all runs saw the same data.")
+
+
+@pytest.mark.parametrize("stream", ["drawn", "permuted", "shuffled", "recordings"])
+def test_a_seeds_own_data_are_no_change(stream: str) -> None:
+    """Draws, permutations (the first is none), orders of classes, and pieces of unequal length in another order."""
+    rows = two_rows()
+    for run in (run for runs in rows for run in runs):
+        seed, experiences = run["seed"], [dict(e) for e in run["experiences"]]
+        run["fingerprint"] = "same" if stream in ("drawn", "recordings") else f"f{seed}"
+        for e in experiences:
+            kept = e["index"] == 0 and stream != "drawn"
+            e["train_digest"] = "d0" if kept else f"d{e['index']} {seed}"
+        if stream == "shuffled":
+            run["fingerprint"] = "f0" if seed < 2 else "f2"  # there are few orders of few classes
+            experiences[1] |= {
+                "name": f"digits {seed // 2}",
+                "train_samples": 280 + seed // 2,
+                "test_samples": 70 + seed // 2,
+            }
+        if stream == "recordings":
+            experiences[1]["train_samples"] += seed
+            experiences[2]["train_samples"] -= seed
+        run["experiences"] = experiences
+    assert "clearly beats" in headline(made_up_comparison(*rows))
 
 
 def test_above_joint_and_no_forgetting() -> None:
@@ -424,7 +581,7 @@ def test_above_joint_and_no_forgetting() -> None:
         run["metrics"]["forgetting"] = -0.01
     told = " ".join(findings(made_up_comparison(runs, made_up_row("joint", [0.9, 0.9], reference=True))))
     assert "freeze is 5.0 points above it" in told
-    assert "freeze forgets nothing on average (earlier experiences gain 1.0 points)" in told
+    assert "freeze forgets nothing on average (earlier experiences gain 1.0 ± 0.0 points)" in told
 
 
 # -- reading runs ----------------------------------------------------------------------------------------------------
@@ -536,6 +693,22 @@ def test_different_scenarios_are_not_compared(tmp_path: Path) -> None:
         from_runs(paths)
     with pytest.raises(UserError, match="no runs given"):
         from_runs([])
+
+
+def test_from_runs_refuses_other_training_data(tmp_path: Path) -> None:
+    """With one seed; with an ``order_seed`` of its own a run may have other data."""
+    rows = two_rows()
+    for runs in rows:
+        with_data(runs, {})
+    with_data(rows[1], {"train_digest": "x"}, seeds=(1,))
+    paths = save_runs(tmp_path, [*rows[0], *rows[1]])
+    with pytest.raises(UserError, match=r"train_digest of experience 3: d2\) and .* 3: x\) ran on different"):
+        from_runs(paths)
+    for path in paths[3:]:
+        (path / "config.yaml").write_text("scenario: {name: split-digits, order_seed: 1}\nstrategy: replay\n")
+    for path in paths[:3]:
+        (path / "config.yaml").write_text("scenario: {name: split-digits}\nstrategy: naive\n")
+    assert [r["strategy"] for r in from_runs(paths)["rows"]] == ["naive", "replay"]
 
 
 # -- terminal and small things ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from cl_lab.compat import use_freed_memory_again
 from cl_lab.config import TrainingConfig
 from cl_lab.errors import TrainingError
 from cl_lab.records import Experience, TensorData
-from cl_lab.trainer import Record, Silent, Trainer, learning_rate
+from cl_lab.trainer import Observer, Record, Silent, Trainer, learning_rate
 
 NAIVE = [{"name": "naive"}]
 
@@ -283,15 +283,36 @@ def test_joint_gets_the_budget_of_all_experiences() -> None:
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the system cannot reset a process's peak memory"
 )
 def test_peak_memory_is_the_runs_own() -> None:
-    def peak() -> int:
-        return toys.trainer(NAIVE, toys.stream(experiences=1)).run().peak_memory_bytes
+    class Hungry(Silent):
+        def scored(self, record: Record) -> None:
+            torch.ones(400 * 2**20, dtype=torch.uint8)
+
+    def cost(observer: Observer | None = None) -> Record:
+        return toys.trainer(NAIVE, toys.stream(experiences=1), observer=observer).run()
 
     use_freed_memory_again()  # as every run does
-    peak()
+    cost()
     large = torch.ones(400 * 2**20, dtype=torch.uint8)
-    during = peak()
+    during = cost()
     del large
-    assert peak() < during - 200 * 2**20, "another run's memory is not charged to this one"
+    after, needs = cost(), cost(Hungry())
+    assert after.peak_memory_bytes < during.peak_memory_bytes - 200 * 2**20, "another run's memory is not charged"
+    assert after.own_memory_bytes is not None
+    assert during.own_memory_bytes == pytest.approx(after.own_memory_bytes, abs=50 * 2**20), (
+        "nor what others still hold"
+    )
+    assert needs.cost()["own_memory_bytes"] > 350 * 2**20
+
+
+def test_memory_of_its_own_is_left_out_where_it_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    monkeypatch.setattr("cl_lab.trainer.give_freed_memory_back", lambda: None)
+    record = toys.trainer(NAIVE, toys.stream(experiences=1)).run()
+    assert "own_memory_bytes" not in record.cost()
+    assert record.cost()["peak_memory_bytes"] > 0
 
 
 def test_a_resumed_run_keeps_its_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
