@@ -351,7 +351,13 @@ def edit_score(
     skip: Annotated[int, typer.Option(min=0, help="Leave out the first so many facts.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first so many of the others.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask as a user's turns.")] = False,
-    free: Annotated[bool, typer.Option("--free/--no-free", help="Also let the model write its answers.")] = True,
+    free: Annotated[
+        bool,
+        typer.Option(
+            "--free/--no-free",
+            help="Also let the model write its answers: 24 tokens, or 8 more than the longest right one.",
+        ),
+    ] = True,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be read.")] = False,
     layout: Annotated[str, typer.Option(help="Layout of the facts, where it is not recognised.")] = "auto",
     without: Annotated[
@@ -480,6 +486,10 @@ def edit_apply(
         list[str] | None, typer.Option(help="What else the subject is called; may be given again.")
     ] = None,
     paraphrase: Annotated[list[str] | None, typer.Option(help="The prompt in other words.")] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out records of --facts that cannot be read.")
+    ] = False,
+    layout: Annotated[str | None, typer.Option(help="Layout of --facts, where it is not recognised.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Preview only.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Apply although gates are broken; the journal says so.")
@@ -496,8 +506,12 @@ def edit_apply(
         raise ConfigError("edit apply: give either --facts, or --prompt and --answer")
     if facts is not None and (subject or alias or paraphrase):
         raise ConfigError("edit apply: --subject, --alias and --paraphrase go with --prompt; write them into the facts")
+    if facts is None and (skip_bad or layout):
+        raise ConfigError("edit apply: --skip-bad and --layout go with --facts; leave them out")
+    bad: list[dict[str, str]] = []
     if facts is not None:
-        edits = list(read_facts(facts).edits)
+        read = read_facts(facts, layout=layout or "auto", skip_bad=skip_bad)
+        edits, bad = list(read.edits), [{"place": b.place, "reason": b.reason} for b in read.bad]
     else:
         edits = [
             Edit.from_json(
@@ -525,9 +539,12 @@ def edit_apply(
             if not as_json:
                 _console().print(_preview_table(one.prompt, done[-1]))
     if as_json:
-        _print_json({"edits": done, "already": sorted(set(there.values()), key=int)})
-    elif there:
-        typer.echo(f"{len(there)} of {len(edits)} facts are in force already, by edit {', '.join(there.values())}")
+        _print_json({"edits": done, "already": sorted(set(there.values()), key=int), "bad": bad})
+    else:
+        for line in bad:
+            typer.echo(f"{line['place']}: {line['reason']}; left out")
+        if there:
+            typer.echo(f"{len(there)} of {len(edits)} facts are in force already, by edit {', '.join(there.values())}")
     if stopped is not None:
         applied_ids = ", ".join(d["id"] for d in done if d["applied"]) or "none"
         if len(edits) == 1:
@@ -690,7 +707,9 @@ def edit_verify(folder: Folder, chat: AsChat = False, as_json: Json = False) -> 
 
     deployment = Deployment(folder)
     facts = [(n, e) for n in deployment.active() for e in deployment.edits(n)]
-    said = deployment.load().answer([e.prompt for _, e in facts], max_new_tokens=edit_scores.BUDGET, chat=chat)
+    model = deployment.load()
+    most = edit_scores.budget(model, [e.answer for _, e in facts], chat=chat)
+    said = model.answer([e.prompt for _, e in facts], max_new_tokens=most, chat=chat)
     rows = [
         {
             "id": n,
@@ -741,9 +760,10 @@ def edit_diff(folder: Folder, identifier: Identifier, chat: AsChat = False, as_j
         patch = model.patches[deployment.active().index(identifier)]
     else:
         patch.apply(model)
-    told = model.answer(prompts, max_new_tokens=edit_scores.BUDGET, chat=chat)
+    most = edit_scores.budget(model, [e.answer for e in facts], chat=chat)
+    told = model.answer(prompts, max_new_tokens=most, chat=chat)
     patch.revert(model)
-    without = model.answer(prompts, max_new_tokens=edit_scores.BUDGET, chat=chat)
+    without = model.answer(prompts, max_new_tokens=most, chat=chat)
     rows = [{"prompt": p, "without": a, "with": b} for p, a, b in zip(prompts, without, told, strict=True) if a != b]
     if as_json:
         _print_json({"id": identifier, "asked": len(prompts), "moved": rows})
@@ -828,10 +848,12 @@ def _edit_table(document: Mapping[str, Any]) -> Any:
     table = Table("", "before", "after", title=held, title_justify="left")
     before, after = document["before"], document["after"]
     for name, value in after.items():
-        table.add_row(
-            name.replace("_", " "), *(f"{v:.3f}" if v is not None else "–" for v in (before.get(name), value))
-        )
+        table.add_row(name.replace("_", " "), *(_cell(v) for v in (before.get(name), value)))
     return table
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
 def _edit_notes(document: Mapping[str, Any]) -> list[str]:

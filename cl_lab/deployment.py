@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import hashlib
 import json
 import math
@@ -27,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 from cl_lab import edit_scores, hub, names, registry
 from cl_lab.editable import EditableModel
-from cl_lab.editing import load_editable
+from cl_lab.editing import found_from_anywhere, load_editable
 from cl_lab.errors import ConfigError, DataError, EditError
 from cl_lab.facts import Edit, conflicts, suspects
-from cl_lab.files import sync_folder, write_atomically
+from cl_lab.files import LOCK, InUse, alone_in, sync_folder, write_atomically
 from cl_lab.patches import Delta, Patch, WeightPatch, load_patch
 from cl_lab.probe_texts import QUESTIONS
 from cl_lab.subjects import words
@@ -46,7 +45,7 @@ was; and if the perplexity of plain texts grows by more than this factor."""
 PARAPHRASES = ("Question: {}", "Please tell me. {}", "I should like to know: {}")
 """The prompt in other words, where the facts give none."""
 
-_DOCUMENT, _JOURNAL, _EDITS, _GUARDS, _LOCK = "deployment.json", "journal.jsonl", "edits", "guards.jsonl", ".lock"
+_DOCUMENT, _JOURNAL, _EDITS, _GUARDS = "deployment.json", "journal.jsonl", "edits", "guards.jsonl"
 _EXPORT = "cl-lab.json"
 
 
@@ -109,11 +108,9 @@ class Deployment:
             _check_gate(name, value)
         registry.create("editors", editor, "editor")
         base = load_editable(model)
-        if model.startswith(".") or (os.sep in model and Path(model).exists()):
-            model = str(Path(model).resolve())  # the deployment is asked from anywhere
         document = {
             "format": FORMAT,
-            "model": model,
+            "model": found_from_anywhere(model),
             "sha256": weights_digest(base),
             "editor": dict(editor),
             "gates": {**GATES, **(gates or {})},
@@ -122,7 +119,7 @@ class Deployment:
         try:
             (folder / _EDITS).mkdir(parents=True, exist_ok=True)
             (folder / _JOURNAL).touch()
-            (folder / _LOCK).touch()
+            (folder / LOCK).touch()
             write_atomically(folder / _DOCUMENT, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
             sync_folder(folder)
         except OSError as error:
@@ -154,19 +151,16 @@ class Deployment:
         self.events = events
 
     def active(self, as_of: int | None = None) -> list[str]:
-        """The edits in force behind event ``as_of`` (default: the last), in the order they lie on the model.
+        """The edits in force behind event ``as_of`` (default: the last), in the order they were made and lie on the model.
 
-        Raises :class:`ConfigError` for a position that is not in the journal.
+        So one that was undone and done again is where it was. Raises :class:`ConfigError` for a position that is not in the
+        journal.
         """
         if as_of is not None and not 0 <= as_of <= len(self.events):
             raise ConfigError(f"as_of = {as_of}: the journal of '{self.folder}' has events 0 to {len(self.events)}")
-        found: list[str] = []
-        for event in self.events[:as_of]:
-            if event.kind == "undo":
-                found.remove(event.id)
-            else:
-                found.append(event.id)
-        return found
+        last = {event.id: event.kind for event in self.events[:as_of]}
+        made = (event.id for event in self.events[:as_of] if event.kind == "apply")
+        return [identifier for identifier in made if last[identifier] != "undo"]
 
     def edits(self, identifier: str) -> list[Edit]:
         """The facts of an edit, as they were applied. Raises as :meth:`event_of`, and where the file was changed."""
@@ -191,8 +185,11 @@ class Deployment:
         raise ConfigError(f"edit '{identifier}': is not in the journal of '{self.folder}'; there are: {known}")
 
     def patch(self, identifier: str) -> Patch:
-        """An edit's patch. Raises as :func:`~cl_lab.patches.load_patch` and :meth:`event_of`."""
-        return load_patch(self.folder / _EDITS / identifier, self.event_of(identifier).digest)
+        """An edit's patch, numbered by its event. Raises as :func:`~cl_lab.patches.load_patch` and :meth:`event_of`."""
+        event = self.event_of(identifier)
+        patch = load_patch(self.folder / _EDITS / identifier, event.digest)
+        patch.number = event.n
+        return patch
 
     def load(self, as_of: int | None = None) -> EditableModel:
         """The model with the edits in force. Raises :class:`DataError` where it is not the base model of old."""
@@ -213,19 +210,17 @@ class Deployment:
         return model
 
     def bring(self, model: EditableModel, there: Sequence[str], wanted: Sequence[str]) -> None:
-        """Take a model that has the edits ``there`` on it, and no others, to the edits ``wanted``, in this order.
+        """Take a model that has the edits ``there`` on it, and no others, to the edits ``wanted``; both as :meth:`active`.
 
         Raises as :meth:`patch`; the model is then of no use.
         """
+        kept, left = {*wanted}, {*there}
         for identifier, patch in zip(there, list(model.patches), strict=True):
-            if identifier not in wanted:
+            if identifier not in kept:
                 patch.revert(model)
-        left = [identifier for identifier in there if identifier in wanted]
-        while left != list(wanted[: len(left)]):  # one was undone and done again: it lies further up now
-            left.pop()
-            model.patches[-1].revert(model)
-        for identifier in wanted[len(left) :]:
-            self.patch(identifier).apply(model)
+        for identifier in wanted:
+            if identifier not in left:
+                self.patch(identifier).apply(model)
 
     def guards(self) -> list[str]:
         """Questions whose answers must stay: the operator's own ``guards.jsonl`` and some that ship with the laboratory."""
@@ -254,24 +249,18 @@ class Deployment:
     def changing(self, wait: float = 10.0) -> Iterator[None]:
         """Be the one process that changes the folder, after waiting ``wait`` seconds at most. The journal is read anew.
 
-        Raises :class:`ConfigError` where another does so still.
+        Raises :class:`ConfigError` where another does so still, and :class:`DataError` where the folder cannot be written.
         """
-        end = time.monotonic() + wait
-        with (self.folder / _LOCK).open("a+") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= end:
-                        file.seek(0)
-                        raise ConfigError(
-                            f"'{self.folder}': process {file.read().strip() or '?'} is changing it; try again later"
-                        ) from None
-                    time.sleep(0.05)
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(alone_in(self.folder, wait))
+            except InUse as other:
+                raise ConfigError(f"'{self.folder}': process {other} is changing it; try again later") from None
+            except OSError as error:
+                raise DataError(
+                    f"'{self.folder / LOCK}' cannot be written ({error.strerror}); nothing was changed; give the folder to "
+                    "who writes there"
+                ) from error
             self.read()
             yield
 
@@ -312,6 +301,7 @@ class Deployment:
         Raises :class:`DataError` where it cannot be written: folder and model are then as they were.
         """
         identifier = str(1 + sum(e.kind == "apply" for e in self.events))
+        patch.number = len(self.events) + 1  # what its event will have
         place = self.folder / _EDITS / identifier
         scratch = place.with_name(f".{identifier}")
         facts = (json.dumps([e.as_json() for e in edits], indent=1, ensure_ascii=False) + "\n").encode()
@@ -344,7 +334,7 @@ class Deployment:
         self._append("undo", identifier, event.digest, event.facts, False)
 
     def redo(self, identifier: str) -> None:
-        """Bring an undone edit back, as it was, on top of those in force; inside :meth:`changing`.
+        """Bring an undone edit back, as it was and where it was among those in force; inside :meth:`changing`.
 
         Raises :class:`ConfigError` where it is in force, :class:`EditError` where it contradicts an edit that is.
         """
@@ -578,10 +568,11 @@ def preview(
     local += [prompt for e in edits for prompt in others(model, e) if prompt not in taken]
     kept = list(dict.fromkeys([*guards, *local]))
     prompts = [p for p, _ in asked + other] + kept
-    before, nats = model.answer(prompts, max_new_tokens=edit_scores.BUDGET, chat=chat), edit_scores.perplexity(model)
+    most = edit_scores.budget(model, [e.answer for e in edits], chat=chat)
+    before, nats = model.answer(prompts, max_new_tokens=most, chat=chat), edit_scores.perplexity(model)
     patch.apply(model)
     try:
-        after, now = model.answer(prompts, max_new_tokens=edit_scores.BUDGET, chat=chat), edit_scores.perplexity(model)
+        after, now = model.answer(prompts, max_new_tokens=most, chat=chat), edit_scores.perplexity(model)
     finally:
         patch.revert(model)
 

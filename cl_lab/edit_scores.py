@@ -1,15 +1,18 @@
 """What edits are worth: whether they held, in other words too, and what else they moved; as papers count it and honestly.
 
 Two ways of asking. *Teacher-forced*, as the papers do: the right answer's tokens are given one by one, and each counts that
-is the likeliest behind those before it. *Free*: the model writes, to its own end or a budget that knows no answer's length,
-and what it wrote is compared with the answer. Neither changes the model, and asking twice gives the same.
+is the likeliest behind those before it. *Free*: the model writes, to its own end or a budget that is the same for all and so
+tells no answer's length (:func:`budget`), and what it wrote is compared with the answer. Neither changes the model, and
+asking twice gives the same.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,11 +22,14 @@ from cl_lab.facts import Edit, Probe
 from cl_lab.overlap import ALONE, ARTICLES
 from cl_lab.probe_texts import PARAGRAPHS
 
-BUDGET = 24
-"""Tokens of a free answer, at most."""
+BUDGET, SPARE = 24, 8
+"""Tokens of a free answer, at most, and so many more than the longest wanted one has, where that is longer."""
 
 WRITTEN, LENGTH = 16, 64
 """Prompts that fluency is taken from, and tokens behind each."""
+
+_PASSAGES = 4
+"""Passages in a pass: the logits of all their tokens are in memory."""
 
 GROUPS: dict[str, Callable[[Edit], Sequence[Probe]]] = {
     "reliability": lambda e: [Probe(e.prompt, e.answer)],
@@ -39,16 +45,31 @@ GROUPS: dict[str, Callable[[Edit], Sequence[Probe]]] = {
 LOCAL = ("unrelated", "same_relation", "same_subject")
 """Groups that an edit must leave as they are: for them agreement with the unedited model counts, too."""
 
+OOD, CERTAIN = "ood", 0.8
+"""The group of an edit's passages, which are read and not asked, and the probability above which a token of one counts."""
+
 
 @dataclass(frozen=True)
 class Asked:
     """What a model said to the questions of some edits, ready to be compared: by group, and in a group by edit.
 
-    ``tokens`` are the likeliest tokens at the answers' places, answer given; ``texts`` what it wrote by itself.
+    ``tokens`` are the likeliest tokens at the answers' places, answer given; ``texts`` what it wrote by itself, in
+    ``budget`` tokens at most. ``ood`` has for each edit the shares of its passages (:func:`scores`).
     """
 
     tokens: dict[str, list[list[list[int]]]]
     texts: dict[str, list[list[str]]] = field(default_factory=dict)
+    budget: int = BUDGET
+    ood: list[list[float]] = field(default_factory=list)
+
+
+def budget(model: EditableModel, answers: Iterable[str | None], *, chat: bool = False) -> int:
+    """How many tokens the model may write to each of some prompts, one of whose wanted answers may be any of ``answers``.
+
+    :data:`BUDGET`, or :data:`SPARE` more than the longest of them has, where that is more: a right answer has room.
+    """
+    lengths = (len(model.encode_answer(a, chat=chat, end=False)) for a in dict.fromkeys(answers) if a)
+    return max(BUDGET, SPARE + max(lengths, default=0))
 
 
 def ask(
@@ -57,25 +78,28 @@ def ask(
     *,
     free: bool = True,
     chat: bool = False,
-    groups: Sequence[str] = tuple(GROUPS),
+    groups: Sequence[str] = (*GROUPS, OOD),
     batch_size: int = 32,
 ) -> Asked:
     """Put every question of ``edits`` to ``model`` as it stands.
 
-    With ``chat`` as a user's turns; without ``free`` nothing is written.
+    With ``chat`` as a user's turns, but for passages, which are plain texts; without ``free`` nothing is written. Raises
+    :class:`~cl_lab.errors.TooLong` where a question with its answer, given or to be written, is longer than the model reads.
     """
     tokens: dict[str, list[list[list[int]]]] = {}
     texts: dict[str, list[list[str]]] = {}
-    for group in groups:
+    # Of all groups, whichever are asked, so that a part of the questions is answered as it is among all.
+    most = budget(model, (p.answer for e in edits for own in GROUPS.values() for p in own(e)), chat=chat)
+    for group in (g for g in groups if g != OOD):
         probes = [list(GROUPS[group](edit)) for edit in edits]
         flat = [p for own in probes for p in own]
         sizes = [len(own) for own in probes]
         if flat:
             tokens[group] = _divided(_likeliest(model, flat, chat, batch_size), sizes)
             if free:
-                said = model.answer([p.prompt for p in flat], max_new_tokens=BUDGET, chat=chat, batch_size=batch_size)
+                said = model.answer([p.prompt for p in flat], max_new_tokens=most, chat=chat, batch_size=batch_size)
                 texts[group] = _divided(said, sizes)
-    return Asked(tokens, texts)
+    return Asked(tokens, texts, most, _sure_of(model, edits) if OOD in groups else [])
 
 
 def scores(
@@ -85,7 +109,11 @@ def scores(
 
     For each group ``<group>``: the share of the right answer's tokens, teacher-forced, its end not counted (rows whose
     answer is not known count nothing), ``<group>_free`` the share of written answers that are right (:func:`is_right`). For
-    those that must not move also ``<group>_agreement`` and ``<group>_free_agreement``, with ``before``.
+    those that must not move also ``<group>_agreement`` and ``<group>_free_agreement``, with ``before``. ``ood``: the share
+    of the tokens of a passage (``Edit.ood``) that have, those before them given, a probability above :data:`CERTAIN`, as
+    WISE counts it; the edit's prompt, where the passage begins with it, is not counted, else its first token is not. A
+    passage that is longer than the model reads is cut at its end. Beside these ``answer_tokens``, the most that a written
+    answer could have (:func:`budget`), where any was written.
     """
     found: dict[str, Any] = {}
     for group, said in after.tokens.items():
@@ -118,6 +146,8 @@ def scores(
                         for now, then in zip(after.texts[group], before.texts[group], strict=True)
                     ]
                 )
+    found[OOD] = _mean(after.ood)
+    found["answer_tokens"] = after.budget if after.texts else None
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -160,15 +190,20 @@ def perplexity(model: EditableModel, texts: Sequence[str] = PARAGRAPHS) -> float
     return float(nats.double().mean().exp())
 
 
-def fluency(model: EditableModel, edits: Sequence[Edit], *, seed: int = 0, chat: bool = False) -> float:
+def fluency(model: EditableModel, edits: Sequence[Edit], *, seed: int = 0, chat: bool = False) -> float | None:
     """How varied what the model writes behind the edits' prompts is: the mean :func:`ngram_entropy`, in bits.
 
-    The first :data:`WRITTEN` prompts, :data:`LENGTH` tokens behind each, drawn from the five likeliest with a ``seed``. What
-    was broken repeats itself.
+    The first :data:`WRITTEN` prompts behind which there is room, :data:`LENGTH` tokens behind each, drawn from the five
+    likeliest with a ``seed``. ``None`` where the model reads too little to write so much behind any. What was broken repeats
+    itself.
     """
-    prompts = [e.prompt for e in edits[:WRITTEN]]
+    most = model.context
+    room = (e.prompt for e in edits if most is None or len(model.read_prompt(e.prompt, chat=chat)) + LENGTH <= most)
+    prompts = list(islice(room, WRITTEN))
+    if not prompts:
+        return None
     texts = model.write(prompts, tokens=LENGTH, seed=seed, chat=chat)
-    return sum(map(ngram_entropy, texts)) / max(len(texts), 1)
+    return sum(map(ngram_entropy, texts)) / len(texts)
 
 
 def ngram_entropy(text: str) -> float:
@@ -192,19 +227,29 @@ def normal(text: str) -> str:
     """A text for comparing answers: case, articles, punctuation and extra blanks do not count.
 
     What belongs to a number does, its sign and its point (1.5, −5), and to a name (C++, F#). Each Chinese or Japanese
-    character is a word.
+    character is a word. However a letter is composed, it is one.
     """
     return " ".join(word for word in _words(text) if word not in ARTICLES)
+
+
+def joined(text: str) -> str:
+    """A text with initials written together, J.R.R. Tolkien for J. R. R. Tolkien: single letters, each with its full stop.
+
+    Another reading of a text, not the only one: "Choose A. B. is wrong" has no initials.
+    """
+    return _APART.sub("", text)
 
 
 _INSIDE = re.compile(
     r"(?<=\w)['’](?=\w)|(?<=\d),(?=\d{3}(?!\d))|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b)"
 )  # John's, 1,000, U.S.
+_APART = re.compile(r"(?<=\b[^\W\d_]\.)\s+(?=[^\W\d_]\.)")
 _SPOKEN = re.compile(rf"[{ALONE}]|(?:(?<!\w)[-−](?=\d))?(?:\d+(?:\.\d+)+|[^\W_{ALONE}]+)(?:\+\+|\#(?!\w))?")
 
 
 def _words(text: str) -> list[str]:
-    return [word.replace("−", "-") for word in _SPOKEN.findall(_INSIDE.sub("", text.casefold()))]
+    text = unicodedata.normalize("NFC", text).casefold()
+    return [word.replace("−", "-") for word in _SPOKEN.findall(_INSIDE.sub("", text))]
 
 
 def is_right(said: str, answer: str, old: str | None = None) -> bool:
@@ -212,15 +257,24 @@ def is_right(said: str, answer: str, old: str | None = None) -> bool:
 
     A text that also says the ``old`` answer, where that is another, is not right; nor is an empty one. An answer that is
     but an article (blood group A) must be all that is said, and one that only marks tell from the old must be said as it is.
+    Initials may stand together or apart (:func:`joined`): the answer must be said in one of these readings, and the old one
+    in none that says it.
     """
+    texts = [unicodedata.normalize("NFC", text) for text in (said, answer, old or "")]
+    seen = [_says(*texts), _says(*map(joined, texts))]
+    return any(only is not None for only in seen) and all(only is not False for only in seen)
+
+
+def _says(said: str, answer: str, old: str) -> bool | None:
+    """Whether a text that says ``answer`` does not say ``old`` as well; ``None`` for one that does not say it."""
     words, wanted = f" {normal(said)} ", f" {normal(answer)} "
     if not wanted.strip():
-        return bool(_words(answer)) and _words(said) == _words(answer)
-    was = f" {normal(old or '')} "
+        return True if _words(answer) and _words(said) == _words(answer) else None
+    was = f" {normal(old)} "
     if was == wanted:
-        words, wanted, was = (text.casefold().strip() for text in (said, answer, old or ""))
+        words, wanted, was = (text.casefold().strip() for text in (said, answer, old))
     if wanted not in words:
-        return False
+        return None
     if not was.strip() or was == wanted:
         return True
     # Where the new answer holds the old one (New York City), the old one counts only if it also stands by itself.
@@ -235,6 +289,31 @@ def _likeliest(model: EditableModel, probes: Sequence[Probe], chat: bool, batch_
     for first in range(0, len(pairs), batch_size):
         best += model.logits(model.rows(pairs[first : first + batch_size]), batch_size).argmax(1).tolist()
     return _divided(best, lengths)
+
+
+def _sure_of(model: EditableModel, edits: Sequence[Edit]) -> list[list[float]]:
+    """The shares of tokens that are all but certain, of each edit's passages but those with nothing to predict."""
+    pairs = [[_passage(model, edit.prompt, text) for text in edit.ood] for edit in edits]
+    flat = [pair for own in pairs for pair in own if pair[1]]
+    shares: list[float] = []
+    for first in range(0, len(flat), _PASSAGES):
+        some = flat[first : first + _PASSAGES]
+        rows = model.rows(some)
+        likely = model.logits(rows).softmax(1).gather(1, rows.labels[:, None]).squeeze(1)
+        shares += [float((own > CERTAIN).double().mean()) for own in likely.split([len(rest) for _, rest in some])]
+    return _divided(shares, [sum(bool(rest) for _, rest in own) for own in pairs])
+
+
+def _passage(model: EditableModel, prompt: str, text: str) -> tuple[list[int], list[int]]:
+    """What of a passage is given, and what is to be predicted, as far as the model reads."""
+    rest = text.removeprefix(prompt)
+    if rest != text and rest[:1].isspace():
+        given, tokens = model.read_prompt(prompt), model.encode_answer(rest, end=False)
+    else:
+        ids = model.encode_prompt(text)
+        given, tokens = ids[:1], ids[1:]
+    room = len(tokens) if model.context is None else max(model.context - len(given), 0)
+    return given, tokens[:room]
 
 
 def _answer_tokens(model: EditableModel, probe: Probe, chat: bool) -> list[int]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from cl_lab.deployment import Deployment
 from cl_lab.editable import EditableModel
-from cl_lab.errors import ConfigError, DataError, EditError, PluginError, TrainingError, UserError
+from cl_lab.errors import ConfigError, DataError, EditError, PluginError, TooLong, TrainingError, UserError
 from cl_lab.facts import Edit
 from cl_lab.patches import Patch
 
@@ -40,7 +40,7 @@ class Stale(UserError):
 
 _TOLD: dict[str, type[UserError]] = {
     error.__name__: error
-    for error in (ConfigError, DataError, EditError, PluginError, TrainingError, UserError, Busy, Stale)
+    for error in (ConfigError, DataError, EditError, PluginError, TooLong, TrainingError, UserError, Busy, Stale)
 }
 """What the process may say went wrong, by the names it says it by."""
 

@@ -20,11 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from cl_lab.adapters import is_linear, is_transposed
-from cl_lab.errors import ConfigError, DataError, nearest
+from cl_lab.errors import ConfigError, DataError, TooLong, nearest
 from cl_lab.hub import Tokenizer, Turn, family_logits, new_cache
 
 if TYPE_CHECKING:
     from cl_lab.patches import Patch
+
+_SHOWN = 30
+"""Letters of a prompt that is too long, at its beginning and at its end, that a message has."""
 
 _NORMS = ("norm", "ln_f", "final_layer_norm")  # what stands behind the layers: Llama and Mistral, GPT-2 and GPT-J, NeoX
 
@@ -129,6 +132,12 @@ class EditableModel:
     def device(self) -> torch.device:
         """Where the model is."""
         found: torch.device = next(iter(self.model.parameters())).device
+        return found
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens of a text that the model reads, where it has a bound."""
+        found: int | None = getattr(self.model.config, "max_position_embeddings", None)
         return found
 
     def twin(self) -> EditableModel:
@@ -242,23 +251,29 @@ class EditableModel:
     def rows(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rows:
         """Pairs of prompt and answer tokens as one batch. A prompt has one token at least.
 
-        Raises :class:`DataError` where one is longer than the model reads.
+        Raises :class:`TooLong` where one is longer than the model reads.
         """
         lengths = torch.tensor([len(p) + len(a) for p, a in texts])
-        self._check_length(int(lengths.max()), 0)
+        longest = int(lengths.argmax())
+        self._check_length(texts[longest][0], len(texts[longest][1]), 0)
         ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
         for row, (p, a) in zip(ids, texts, strict=True):
             row[: len(p) + len(a)] = torch.tensor([*p, *a])
         begin, until = torch.tensor([self._own_part(p) for p, _ in texts]).T
         return Rows(ids, torch.tensor([len(p) for p, _ in texts]), lengths, begin, until)
 
-    def _check_length(self, tokens: int, more: int) -> None:
-        """Raise :class:`DataError` where so many tokens, and ``more`` to be written, are more than the model reads."""
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if context and tokens + more > context:
+    def _check_length(self, prompt: Sequence[int], answer: int, more: int) -> None:
+        """Raise :class:`TooLong` where ``prompt``, so many tokens of an answer and ``more`` to be written have no room."""
+        tokens = len(prompt) + answer
+        if self.context and tokens + more > self.context:
+            begin, until = self._own_part(prompt)
+            text = self.tokenizer.decode(list(prompt[begin if begin > 1 else 0 : until]))
+            shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+            if len(shown) > 2 * _SHOWN:  # of a prompt behind a text of an editor's the end says more
+                shown = f"{shown[:_SHOWN]}…{shown[-_SHOWN:]}"
             behind = f" and {more} to answer with" if more else ""
-            raise DataError(
-                f"a text of {tokens} tokens{behind} is longer than the {context} the model reads; shorten it"
+            raise TooLong(
+                f"'{shown}': a text of {tokens} tokens{behind} is longer than the {self.context} the model reads; shorten it"
             )
 
     def _own_part(self, prompt: Sequence[int]) -> tuple[int, int]:
@@ -441,8 +456,8 @@ class EditableModel:
         """What the model says to each prompt: likeliest token after likeliest token, to its own end or ``max_new_tokens``.
 
         The budget is the same for all and knows no answer's length; plain text also ends with its line. Patches may put
-        something before a prompt. Raises :class:`DataError` for a prompt without tokens, and for one that is with its answer
-        longer than the model reads.
+        something before a prompt. Raises :class:`DataError` for a prompt without tokens, and :class:`TooLong` for one that
+        is with its answer longer than the model reads.
         """
         found: list[str] = []
         for first in range(0, len(prompts), batch_size):
@@ -450,7 +465,7 @@ class EditableModel:
             for one in asked:
                 if not one.ids:
                     raise DataError("prompt: has no tokens; ask something")
-                self._check_length(len(one.ids), max_new_tokens)
+                self._check_length(one.ids, 0, max_new_tokens)
             found += self._generate(asked, max_new_tokens, stop_at_line=not chat)
         return found
 
@@ -466,8 +481,11 @@ class EditableModel:
     ) -> list[str]:
         """What the model goes on with, ``tokens`` of them, each drawn from the ``top_k`` likeliest but for the end of text.
 
-        The same for the same ``seed`` and prompts.
+        The same for the same ``seed`` and prompts. Raises :class:`TooLong` where one has no room for so many tokens.
         """
+        asked = [self.read(p, chat=chat) for p in prompts]
+        for one in asked:
+            self._check_length(one.ids, 0, tokens)
         drawn = torch.Generator().manual_seed(seed)
 
         def draw(logits: Tensor) -> Tensor:
@@ -476,7 +494,7 @@ class EditableModel:
             place = torch.multinomial(best.values.softmax(1).cpu(), 1, generator=drawn)
             return best.indices.cpu().gather(1, place).squeeze(1)
 
-        return self._generate([self.read(p, chat=chat) for p in prompts], tokens, stop_at_line=False, choose=draw)
+        return self._generate(asked, tokens, stop_at_line=False, choose=draw)
 
     def read_prompt(self, prompt: str, *, chat: bool = False) -> list[int]:
         """The tokens of a prompt with what the patches put before it."""

@@ -6,12 +6,13 @@ each patch in the order they were made. A run that was stopped goes on behind th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from cl_lab.compat import use_freed_memory_again
 from cl_lab.editable import EditableModel
 from cl_lab.errors import ConfigError, DataError, EditError
 from cl_lab.facts import Conflict, Edit, conflicts, read_facts, suspects
-from cl_lab.files import write_atomically
+from cl_lab.files import LOCK, InUse, alone_in, write_atomically
 from cl_lab.patches import Patch, load_patch
 
 log = logging.getLogger("cl_lab")
@@ -53,6 +54,14 @@ def load_editable(name: str, *, dtype: str = "float32") -> EditableModel:
     return EditableModel(loaded, tokenizer, name)
 
 
+def found_from_anywhere(name: str) -> str:
+    """What :func:`load_editable` takes for the same model in whatever folder it is asked: for a file or folder, its path."""
+    if name == "tiny" or name in hub.MODELS:
+        return name
+    place = Path(hub.find_model(name))
+    return str(place.resolve()) if place.exists() else name
+
+
 def score_facts(
     model: str,
     editor: dict[str, Any],
@@ -80,8 +89,8 @@ def score_facts(
     ``without`` are edits, counted from 1, to be taken away when all is scored, each from the model with all others; under
     the same name is what that did to the rest (:func:`_taken_away`). They may differ when a run is given again.
 
-    Raises :class:`ConfigError` where ``out`` holds another run or there is no such edit to take away, :class:`DataError` for
-    facts that cannot be read, and what the model and the editor refuse.
+    Raises :class:`ConfigError` where ``out`` holds another run, or another process makes this one there, or there is no such
+    edit to take away, :class:`DataError` for facts that cannot be read, and what the model and the editor refuse.
     """
     read = read_facts(facts, layout=layout, skip_bad=skip_bad)
     edits = read.edits[skip:][:limit]
@@ -100,43 +109,43 @@ def score_facts(
         "chat": chat,
         "free": free,
     }
-    _claim(out, asked)
-    known = conflicts(edits)
-    for conflict in known:
-        log.warning("facts: %s", conflict.why)
-    if doubted := suspects(edits):
-        log.warning(
-            "facts: %d %s may contradict each other in other words, first: %s %s",
-            len(doubted),
-            "pair" if len(doubted) == 1 else "pairs",
-            doubted[0].edit.source,
-            doubted[0].why,
-        )
-    use_freed_memory_again()
-    target = load_editable(model)
-    before = edit_scores.ask(target, edits, free=free, chat=chat)
-    old = _scored(target, edits, before, before, free, chat)
-    made, patches = _make(target, made_by, edits, out, batch_size, told)
-    after = edit_scores.ask(target, edits, free=free, chat=chat)
-    new = _scored(target, edits, after, before, free, chat)
-    retention = edit_scores.retention(target, edits, after, chat=chat)
-    document = asked | {
-        "status": "finished",
-        "bad": [{"place": b.place, "reason": b.reason} for b in read.bad],
-        "before": old,
-        "after": new,
-        "retention": retention,
-        **_contested(
-            edits, [*known, *doubted], retention, edit_scores.by_edit(target, edits, after, "generality", chat=chat)
-        ),
-        **made,
-    }
-    if without:
-        document["without"] = [
-            _taken_away(model, number, edits, patches, after, retention, chat) for number in dict.fromkeys(without)
-        ]
-    _write(out, document)
-    return document
+    with _claimed(out, asked):
+        known = conflicts(edits)
+        for conflict in known:
+            log.warning("facts: %s", conflict.why)
+        if doubted := suspects(edits):
+            log.warning(
+                "facts: %d %s may contradict each other in other words, first: %s %s",
+                len(doubted),
+                "pair" if len(doubted) == 1 else "pairs",
+                doubted[0].edit.source,
+                doubted[0].why,
+            )
+        use_freed_memory_again()
+        target = load_editable(model)
+        before = edit_scores.ask(target, edits, free=free, chat=chat)
+        old = _scored(target, edits, before, before, free, chat)
+        made, patches = _make(target, made_by, edits, out, batch_size, told)
+        after = edit_scores.ask(target, edits, free=free, chat=chat)
+        new = _scored(target, edits, after, before, free, chat)
+        retention = edit_scores.retention(target, edits, after, chat=chat)
+        document = asked | {
+            "status": "finished",
+            "bad": [{"place": b.place, "reason": b.reason} for b in read.bad],
+            "before": old,
+            "after": new,
+            "retention": retention,
+            **_contested(
+                edits, [*known, *doubted], retention, edit_scores.by_edit(target, edits, after, "generality", chat=chat)
+            ),
+            **made,
+        }
+        if without:
+            document["without"] = [
+                _taken_away(model, number, edits, patches, after, retention, chat) for number in dict.fromkeys(without)
+            ]
+        _write(out, document)
+        return document
 
 
 def _contested(
@@ -232,32 +241,51 @@ def _scored(
     return found
 
 
-def _claim(out: Path, asked: dict[str, Any]) -> None:
-    """Make ``out`` the folder of this run, or find it to be so already.
+@contextlib.contextmanager
+def _claimed(out: Path, asked: dict[str, Any]) -> Iterator[None]:
+    """Make ``out`` the folder of this run, or find it to be so already, and be the one process that works in it.
 
     That of another run is taken over if it ended before its first patch: a command that was wrong and is given corrected.
+    Raises :class:`ConfigError` for any other, and while another process works there.
     """
+    _may_claim(out, asked)  # before anything is left in a folder of somebody else's
+    with contextlib.ExitStack() as held:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone_in(out))
+        except InUse as other:
+            raise ConfigError(
+                f"--out '{out}': process {other} is making it; wait for its end, or choose another folder"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"--out '{out}': cannot be used ({error.strerror}); choose another folder") from None
+        if _may_claim(out, asked):
+            _write(out, asked | {"status": "running"})
+        yield
+
+
+def _may_claim(out: Path, asked: dict[str, Any]) -> bool:
+    """Whether ``out`` is still to be made the folder of this run; False where it is. Raises as :func:`_claimed`."""
     place = out / "run.json"
     try:
-        if place.is_file():
-            known = json.loads(place.read_text(encoding="utf-8"))
-            differs = [k for k, v in asked.items() if known.get(k) != v]
-            begun = known.get("status") != "running" or any(out.glob("patches/*/patch.json"))
-            if differs and begun:
-                raise ConfigError(
-                    f"--out '{out}': holds a run with another {differs[0]} ({known.get(differs[0])!r}, asked for "
-                    f"{asked[differs[0]]!r}); choose another folder"
-                )
-            if not differs:
-                return
-        elif out.exists() and any(out.iterdir()):
-            raise ConfigError(f"--out '{out}': exists and is no run of edits; choose another folder")
-        out.mkdir(parents=True, exist_ok=True)
+        if not place.is_file():
+            if out.exists() and {p.name for p in out.iterdir()} - {LOCK}:
+                raise ConfigError(f"--out '{out}': exists and is no run of edits; choose another folder")
+            return True
+        known = json.loads(place.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"'{place}': is no JSON ({error}); choose another folder") from None
     except OSError as error:
         raise ConfigError(f"--out '{out}': cannot be used ({error.strerror}); choose another folder") from None
-    _write(out, asked | {"status": "running"})
+    if not isinstance(known, dict) or not asked.keys() <= known.keys():  # a training run has another document there
+        raise ConfigError(f"--out '{out}': exists and is no run of edits; choose another folder")
+    differs = [k for k, v in asked.items() if known[k] != v]
+    if differs and (known.get("status") != "running" or any(out.glob("patches/*/patch.json"))):
+        raise ConfigError(
+            f"--out '{out}': holds a run with another {differs[0]} ({known[differs[0]]!r}, asked for "
+            f"{asked[differs[0]]!r}); choose another folder"
+        )
+    return bool(differs)
 
 
 def _make(

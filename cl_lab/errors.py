@@ -39,6 +39,10 @@ class EditError(UserError):
     """An edit that cannot be made (a loss that is not finite, no subject in the prompt); the model is as it was."""
 
 
+class TooLong(DataError, EditError):
+    """A text of more tokens than the model reads: where it is a part of the data, and where an editor made it of an edit."""
+
+
 class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another configuration."""
 

@@ -51,6 +51,9 @@ class Edit:
         What else the subject is called.
     ``paraphrases``
         The prompt in other words; the new answer holds.
+    ``ood``
+        Passages in which the fact is written about, begun as the prompt or otherwise: to be read, not asked (WISE's
+        ``ood_rephrase``).
     ``reverse``
         The fact asked from its object, whose answer is the subject.
     ``one_hop``
@@ -70,6 +73,7 @@ class Edit:
     relation: str | None = None
     aliases: tuple[str, ...] = ()
     paraphrases: tuple[str, ...] = ()
+    ood: tuple[str, ...] = ()
     reverse: tuple[Probe, ...] = ()
     one_hop: tuple[Probe, ...] = ()
     unrelated: tuple[Probe, ...] = ()
@@ -204,7 +208,7 @@ def _told(prompt: str | None, answer: str | None) -> tuple[Probe, ...]:
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(Edit))
 _OPTIONAL = ("old", "subject", "relation")
-_TEXTS = ("aliases", "paraphrases", "irrelevant")
+_TEXTS = ("aliases", "paraphrases", "ood", "irrelevant")
 _PROBES = ("reverse", "one_hop", "unrelated", "same_relation", "same_subject")
 _BETWEEN = " | "
 
@@ -338,7 +342,7 @@ def _hallucination(record: Mapping[str, Any]) -> list[Edit]:
 
 def _temporal(record: Mapping[str, Any]) -> list[Edit]:
     beyond = _some(_optional(record, "ood_rephrase"))
-    return [dataclasses.replace(_easyedit(record), paraphrases=beyond, unrelated=_beside(record))]
+    return [dataclasses.replace(_easyedit(record), ood=beyond, unrelated=_beside(record))]
 
 
 def _knowedit(record: Mapping[str, Any]) -> list[Edit]:
@@ -440,13 +444,21 @@ class _Records:
     table: bool = False
 
 
-def read_facts(path: Path, *, layout: str = "auto", skip_bad: bool = False, max_answer: int | None = None) -> Facts:
+def read_facts(
+    path: Path,
+    *,
+    layout: str = "auto",
+    skip_bad: bool = False,
+    max_answer: int | None = None,
+    to_skip: str = "--skip-bad",
+) -> Facts:
     """The edits of a file: JSON lines, a JSON list, CSV or TSV, in any of :data:`LAYOUTS`.
 
     ``layout="auto"`` goes by the keys of the first record. An answer of more than ``max_answer`` characters is bad (None:
     400, for texts that are continued 4,000). A place counts lines, or the records of a JSON list. Raises
     :class:`ConfigError` for an unknown layout, and :class:`DataError` for a file that cannot be read, holds nothing, or
-    has bad records, unless ``skip_bad`` leaves them out.
+    has bad records, unless ``skip_bad`` leaves them out; ``to_skip`` is how the user says so, for the message, and empty
+    where that cannot be said.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout = '{layout}': unknown{nearest(layout, LAYOUTS)}; give one of {', '.join(LAYOUTS)}")
@@ -468,7 +480,7 @@ def read_facts(path: Path, *, layout: str = "auto", skip_bad: bool = False, max_
         else:
             edits += [edit if edit.source else dataclasses.replace(edit, source=place) for edit in read]
     if bad and not (skip_bad and edits):
-        raise DataError(_complaint(path, bad, len(records.rows), skip_bad))
+        raise DataError(_complaint(path, bad, len(records.rows), "" if skip_bad else to_skip))
     return Facts(tuple(edits), tuple(bad))
 
 
@@ -483,11 +495,11 @@ def _edits(record: object, name: str, table: bool, limit: int) -> list[Edit]:
     return edits
 
 
-def _complaint(path: Path, bad: Sequence[BadLine], total: int, skip_bad: bool) -> str:
+def _complaint(path: Path, bad: Sequence[BadLine], total: int, to_skip: str) -> str:
     shown = "; ".join(f"{line.place}: {line.reason}" for line in bad[:_SHOWN])
     more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     counted = f"{len(bad)} of {total} record{'s' if total != 1 else ''} {'is' if len(bad) == 1 else 'are'} bad"
-    fix = "correct them" if skip_bad or len(bad) == total else "correct them, or leave them out with --skip-bad"
+    fix = f"correct them, or leave them out with {to_skip}" if to_skip and len(bad) < total else "correct them"
     return f"{path}: {counted}: {shown}{more}; nothing was applied; {fix}"
 
 

@@ -9,6 +9,7 @@ and differ only in what answers for some prompts: else each change would have th
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -28,6 +29,9 @@ log = logging.getLogger("cl_lab")
 
 _UNDECIDED = 16
 """Tokens that are held back, at most, because they may be the beginning of a character."""
+
+_COLD = 1e-4
+"""Below this temperature nothing is drawn: the likeliest token has all of the probability, or as good as all."""
 
 
 @dataclass(frozen=True)
@@ -231,12 +235,22 @@ class Engine:
             self._take(group, group.rows, group.batch.step(torch.tensor([row.last for row in group.rows])))
 
     def _take(self, group: _Group, rows: Sequence[_Row], logits: Tensor) -> None:
-        """Give each of ``rows`` its next token, and let those go that are at their end."""
-        likeliest = logits.argmax(1).tolist()
+        """Give each of ``rows`` its next token, and let those go that are at their end or whose token cannot be had."""
+        best = logits.max(1)
+        highest, likeliest = best.values.tolist(), best.indices.tolist()
         ended = set()
         for i, row in enumerate(rows):
             ask = row.ask
-            row.last = likeliest[i] if row.drawn is None else _draw(logits[i], ask.temperature, ask.top_p, row.drawn)
+            try:
+                if not math.isfinite(highest[i]):
+                    raise FloatingPointError(f"its highest logit is {highest[i]}")
+                row.last = likeliest[i]
+                if row.drawn is not None and ask.temperature >= _COLD:
+                    row.last = _draw(logits[i], ask.temperature, ask.top_p, row.drawn)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other rows go on
+                _failed(ask, error)
+                ended.add(row)
+                continue
             over = row.last == ask.model.tokenizer.end
             if not over:
                 row.tokens += 1
@@ -298,10 +312,10 @@ class Speech:
 
 def _draw(logits: Tensor, temperature: float, top_p: float, drawn: torch.Generator) -> int:
     """A token among the likeliest that have ``top_p`` of the probability together."""
-    likely, tokens = (logits / temperature).softmax(0).sort(descending=True)
-    before = likely.cumsum(0) - likely
-    likely = torch.where(before < top_p, likely, 0).cpu()
-    return int(tokens[torch.multinomial(likely, 1, generator=drawn)])
+    likely, tokens = ((logits - logits.max()) / temperature).softmax(0).sort(descending=True)
+    kept = likely.cumsum(0) - likely < top_p
+    kept[0] = True  # a share may be too small for float32
+    return int(tokens[torch.multinomial(torch.where(kept, likely, 0).cpu(), 1, generator=drawn)])
 
 
 def _over(ask: Ask) -> bool:
@@ -315,7 +329,7 @@ def _over(ask: Ask) -> bool:
 def _unreadable(ask: Ask, ids: Sequence[int]) -> str:
     if not ids:
         return "prompt: has no tokens; ask something"
-    context = getattr(ask.model.model.config, "max_position_embeddings", None)
+    context = ask.model.context
     if context and len(ids) + ask.max_tokens > context:
         return (
             f"max_tokens: {ask.max_tokens} behind a prompt of {len(ids)} tokens are more than the {context} that the model "

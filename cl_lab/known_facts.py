@@ -95,7 +95,7 @@ def read_relations(source: Path | None = None) -> list[Fact]:
     elif source.suffix == ".json" and _is_relation(document := _json(source)):
         found = _relations(source, document)
     else:
-        found = [_from_edit(edit) for edit in read_facts(source).edits]
+        found = [_from_edit(edit) for edit in read_facts(source, to_skip="").edits]
     return found
 
 
@@ -223,7 +223,8 @@ def recall(model: EditableModel, facts: Sequence[Fact], *, chat: bool = False) -
             written[i] = places[0]
     counts["written"] = len(written)
     if chat:
-        texts = _said(model, [facts[i] for i in written], edit_scores.BUDGET, chat=True)
+        most = edit_scores.budget(model, answers.objects, chat=True)
+        texts = _said(model, [facts[i] for i in written], most, chat=True)
         for i, said in zip(list(written), texts, strict=True):
             if not any(edit_scores.is_right(text, o) for o in facts[i].objects for text in said):
                 del written[i]
@@ -243,9 +244,13 @@ def _said(model: EditableModel, facts: Sequence[Fact], budget: int, *, chat: boo
 
 
 def _begins(text: str, objects: Sequence[str]) -> str | None:
-    """That of ``objects`` with whose words a text begins."""
-    words = f"{edit_scores.normal(text)} "
-    return next((o for o in objects if (n := edit_scores.normal(o)) and words.startswith(f"{n} ")), None)
+    """That of ``objects`` with whose words a text begins, initials together or apart."""
+    both = [(read, f"{edit_scores.normal(read(text))} ") for read in (str, edit_scores.joined)]
+    for o in objects:
+        for read, words in both:
+            if (wanted := edit_scores.normal(read(o))) and words.startswith(f"{wanted} "):
+                return o
+    return None
 
 
 class _Answers:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cl_lab.subjects import SIGNS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -66,7 +68,7 @@ _NEVER = _each(
 )
 _JOINING = _each("of the and de la le du von van der den di da del al el & in on for to a an")
 
-_WORD = re.compile(r"\w[\w’'.-]*\w|\w|&")
+_WORD = re.compile(rf"(?:\w[\w’'.-]*\w|\w)(?:{SIGNS})?|&")
 _OWNER = re.compile(r"['’]s$")
 _RUN = re.compile("C(?:j*[CN])*(?:j*P)?|P")  # of the signs of :func:`_sign`
 

@@ -2,13 +2,15 @@
 
 A patch is values, not instructions. Those on weights add up, oldest first, on the weights as they were before any patch; to
 take one away is to add the others up again, so what is left is bit for bit what it would have been without it, as the patch
-itself was computed. Patches that answer only for some prompts (side memories, codebooks) hang on a layer as a hook and are
-asked for each row of a batch. A saved patch is ``patch.json`` and ``patch.safetensors``; prompts are in it only if it needs
+itself was computed. One that comes back lies where it lay, below those that were made after it, and all is bit for bit as
+before. Patches that answer only for some prompts (side memories, codebooks) hang on a layer as a hook and are asked for each
+row of a batch. A saved patch is ``patch.json`` and ``patch.safetensors``; prompts are in it only if it needs
 them to work (:class:`PromptPatch`; of a side memory the subjects) or the caller asked.
 """
 
 from __future__ import annotations
 
+import bisect
 import copy
 import hashlib
 import json
@@ -41,7 +43,11 @@ _DOCUMENT, _TENSORS = "patch.json", "patch.safetensors"
 
 @dataclass(eq=False)
 class Patch:
-    """A reversible change to what a model says. ``editor`` made it; ``notes`` are numbers worth keeping (loss, steps)."""
+    """A reversible change to what a model says. ``editor`` made it; ``notes`` are numbers worth keeping (loss, steps).
+
+    ``number`` says where it lies among others: those made before it have smaller ones. It is not saved: who keeps patches
+    knows in what order they were made. One without a number gets the next on the first model that it is laid on.
+    """
 
     kind: ClassVar[str]
     rewrites: ClassVar[bool] = False
@@ -49,15 +55,23 @@ class Patch:
 
     editor: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
+    number: int | None = field(default=None, init=False, repr=False)
 
     def apply(self, model: EditableModel) -> None:
-        """Lay the patch on top of those that ``model`` has. Raises :class:`DataError` where it does not fit the model."""
+        """Lay the patch on those that ``model`` has, below such as were made after it, so on top of all if it is new.
+
+        Raises :class:`DataError` where it does not fit the model.
+        """
         self.check(model)
-        model.patches.append(self)
+        there = [p.number or 0 for p in model.patches]
+        if self.number is None:
+            self.number = 1 + max(there, default=0)
+        place = bisect.bisect(there, self.number)
+        model.patches.insert(place, self)
         try:
-            self._rebuild(model, added=True)
+            self._rebuild(model, added=place == len(there))
         except BaseException:
-            model.patches.pop()
+            del model.patches[place]
             raise
 
     def revert(self, model: EditableModel) -> None:
@@ -613,7 +627,7 @@ def shard_change(patches: Sequence[SidePatch], site: Site) -> Tensor:
 
 
 def threshold(patches: Sequence[SidePatch]) -> float:
-    """The gap from which a shard answers: seven tenths of the least of its edits, as the newest patch found it.
+    """The gap from which a shard answers: seven tenths of the least of its edits, as the patch made last found it.
 
     But not below what unrelated prompts reach (``floor``), of which a stated share may be wrong.
     """

@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 
 from cl_lab import __version__
 from cl_lab.edit_worker import Busy, Stale
-from cl_lab.errors import ConfigError, DataError, EditError, UserError
+from cl_lab.errors import ConfigError, DataError, EditError, TooLong, UserError
 from cl_lab.facts import Edit
 from cl_lab.generation import Ask, Done, Failed, Full, Piece
 from cl_lab.serving import Service, State
@@ -289,6 +289,8 @@ def _error(status: int, message: str, *, param: str | None = None, more: dict[st
 
 
 def _status(error: UserError) -> int:
+    if isinstance(error, TooLong):
+        return 400
     return 409 if isinstance(error, Busy | Stale | EditError) else 500 if isinstance(error, DataError) else 400
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -12,14 +13,23 @@ from torch import Tensor
 def words(text: str) -> str:
     """The words of a text, as they are compared: in lower case, without accents, one blank before and behind each.
 
-    What is neither a letter, with its marks, nor a digit parts words. In Chinese, Japanese and Korean, where no blank ends a
-    name, each sign is a word.
+    What is neither a letter, with its marks, nor a digit parts words, but for the :data:`SIGNS` that end a name (C++, F#).
+    In Chinese, Japanese and Korean, where no blank ends a name, each sign is a word.
     """
     # Accents are put above and below letters; marks of other classes make another letter (か and が, vowels in Hindi).
-    plain = (c for c in unicodedata.normalize("NFKD", text).casefold() if unicodedata.combining(c) < _ACCENTS)
-    return f" {' '.join(''.join(map(_apart, plain)).split())} "
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text).casefold() if unicodedata.combining(c) < _ACCENTS)
+    found, behind = "", 0
+    for signs in _SIGNS.finditer(plain):
+        found += "".join(map(_apart, plain[behind : signs.start()])) + signs[0] + " "
+        behind = signs.end()
+    found += "".join(map(_apart, plain[behind:]))
+    return f" {' '.join(found.split())} "
 
 
+SIGNS = r"(?<=[^\W\d_])(?:\+\++|[+#](?!\w))|(?<=\b[^\W\d_])#"
+"""Directly behind a letter: several plus signs; one, or a ``#``, where a word ends; a ``#`` behind a lone letter (C#7)."""
+
+_SIGNS = re.compile(SIGNS)
 _ACCENTS = 200  # the least of Unicode's combining classes that say where a mark is put
 
 

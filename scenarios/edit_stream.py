@@ -78,7 +78,7 @@ class EditStream(Scenario):
     def edits(self, seed: int) -> list[Edit]:
         """The edits of all experiences, in order. Raises :class:`DataError` where the file has too few, or they conflict."""
         file = self._file()
-        known = read_facts(file, layout=self.layout, skip_bad=self.skip_bad).edits
+        known = read_facts(file, layout=self.layout, skip_bad=self.skip_bad, to_skip="skip_bad=true").edits
         wanted = self.experiences * self.per_experience
         if wanted > len(known):
             raise DataError(

@@ -40,7 +40,7 @@ class LoRAEdit(Editor):
 
     layers: list[int] | None = knob(None, "layers that are changed; null: five, half to three quarters up")
     modules: list[str] | None = knob(
-        None, "names of the linear layers in them that are changed (q_proj, v_proj); null: all"
+        None, "names of the linear layers in them that are changed (q_proj, v_proj); null: all", min_length=1
     )
     rank: int = knob(8, "rank of each change", ge=1)
     lr: float = knob(5e-4, "Adam's learning rate", gt=0, le=1000)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -117,17 +117,22 @@ class Wise(Editor):
         with model.unrouted():  # what reaches the layer is the model's own, and so is what it gives to go on from
             at = _rows_above(model, site, edits, self.contexts, chat)
             old = self._rehearsed(model, site, held, shard, chat)
-            away, kept = (heard_prompts(model, site, in_turn(half, chat)) for half in self._unrelated())
+            away, kept = (heard_unrelated(model, site, in_turn(half, chat)) for half in self._unrelated())
             unit = _unit(away, site)
-            beside = [text for e in edits for text in [*e.irrelevant, *neighbours(e, self.neighbours)]]
-            beside += nearest(model, site, [e.prompt for e in edits], [e.prompt for e in others], self.neighbours)
-            near = heard_prompts(model, site, both_ways(dict.fromkeys(beside), chat), keep=False) if beside else None
+            forget_all_but(model, site, [e.prompt for e in [*earlier, *edits]])
+            beside = dict.fromkeys(text for e in edits for text in [*e.irrelevant, *neighbours(e, self.neighbours)])
+            like = nearest(model, site, [e.prompt for e in edits], [e.prompt for e in others], self.neighbours)
+            near = [heard_prompts(model, site, both_ways(beside, chat))] if beside else []
+            if more := [text for text in dict.fromkeys(like) if text not in beside]:
+                near.append(heard_once(model, site, both_ways(more, chat)))
             behind = [f"{context} {e.prompt}" for e in edits for context in CONTEXTS[: self.contexts]]
-            mine = both_ways([e.prompt for e in [*edits, *held]], chat) + [(text, False) for text in behind]
-            asked = heard_prompts(model, site, mine)
-            own_prompts = heard_prompts(model, site, both_ways([e.prompt for e in edits], chat))
+            mine = [heard_once(model, site, both_ways([e.prompt for e in [*edits, *held]], chat))]
+            if behind:
+                mine.append(heard_prompts(model, site, [(text, False) for text in behind]))
+            asked = together(mine)
+            own_prompts = heard_once(model, site, both_ways([e.prompt for e in edits], chat))
         centre = away.tokens.mean(0)
-        trained, notes = self._train(at, old, before, free, away, near, asked, unit, edits)
+        trained, notes = self._train(at, old, before, free, away, together(near) if near else None, asked, unit, edits)
 
         values = trained.to(torch.bfloat16)
         change = _with(before, free, values.float())
@@ -274,29 +279,58 @@ class Heard:
         return torch.nn.functional.normalize(total, dim=1)
 
 
-def heard_prompts(model: EditableModel, site: Site, prompts: Sequence[Asked], *, keep: bool = True) -> Heard:
-    """What ``prompts`` bring to the site, each computed once for a model as long as its weights stay, if it is to ``keep``.
+def together(several: Sequence[Heard]) -> Heard:
+    """The prompts of all, one after another; of one at least."""
+    first = list(accumulate((some.count for some in several), initial=0))
+    of = [some.of + before for some, before in zip(several, first, strict=False)]
+    return Heard(torch.cat([some.tokens for some in several]), torch.cat(of), first[-1])
+
+
+def heard_prompts(model: EditableModel, site: Site, prompts: Sequence[Asked]) -> Heard:
+    """What ``prompts``, one at least, bring to the site, read in one batch.
 
     Of a chat's turn the template's tokens are left out: they count for nothing, and are most of it.
     """
-    keys = [("wise", "prompt", site.path, *asked) for asked in prompts]
-    memo: MutableMapping[Any, Any] = model.memo if keep else ChainMap({}, model.memo)
-    if new := [asked for asked, key in zip(prompts, keys, strict=True) if key not in memo]:
-        rows = model.rows([(model.encode_prompt(text, chat=chat), []) for text, chat in new])
-        heard = model.inputs(rows, [site])[site.path]
-        for asked, h, begin, until in zip(new, heard, rows.begin.tolist(), rows.until.tolist(), strict=True):
-            # A slice would keep the whole of what it was taken from.
-            memo["wise", "prompt", site.path, *asked] = h[begin : max(until, begin + 1)].clone().to(model.device)
-    found = [memo[key] for key in keys]
-    of = torch.repeat_interleave(torch.arange(len(found)), torch.tensor([len(h) for h in found]))
-    return Heard(torch.cat(found), of.to(model.device), len(found))
+    rows = model.rows([(model.encode_prompt(text, chat=chat), []) for text, chat in prompts])
+    own = zip(model.inputs(rows, [site])[site.path], rows.begin.tolist(), rows.until.tolist(), strict=True)
+    each = [h[begin : max(until, begin + 1)] for h, begin, until in own]
+    of = torch.repeat_interleave(torch.arange(len(each)), torch.tensor([len(h) for h in each]))
+    return Heard(torch.cat(each).to(model.device), of.to(model.device), len(each))
+
+
+def heard_unrelated(model: EditableModel, site: Site, prompts: Sequence[Asked]) -> Heard:
+    """The same, read once for a model as long as its weights stay: of prompts that are every edit's."""
+    key = ("wise", "unrelated", site.path, tuple(prompts))
+    if key not in model.memo:
+        model.memo[key] = heard_prompts(model, site, prompts)
+    found: Heard = model.memo[key]
+    return found
+
+
+def heard_once(model: EditableModel, site: Site, prompts: Sequence[Asked]) -> Heard:
+    """The same of edits' prompts, each read once until it is forgotten (:func:`forget_all_but`), or a weight changes.
+
+    Each is read by itself. In a batch its last digits would be others', as those it is read with are others, and an edit
+    would not be the same in a run that was stopped and goes on, or in a service that has previewed something else before.
+    """
+    known: dict[Asked, Heard] = model.memo.setdefault(("wise", "prompts", site.path), {})
+    for asked in prompts:
+        if asked not in known:
+            known[asked] = heard_prompts(model, site, [asked])
+    return together([known[asked] for asked in prompts])
+
+
+def forget_all_but(model: EditableModel, site: Site, texts: Sequence[str]) -> None:
+    """Forget what :func:`heard_once` knows of other prompts: those of edits that were only tried, or were undone."""
+    kept, key = {*texts}, ("wise", "prompts", site.path)
+    model.memo[key] = {asked: heard for asked, heard in model.memo.get(key, {}).items() if asked[0] in kept}
 
 
 def nearest(model: EditableModel, site: Site, prompts: Sequence[str], others: Sequence[str], number: int) -> list[str]:
     """Those ``others`` that bring most nearly the same to the site as one of ``prompts``: by the cosine of their means."""
     if not others or not number:
         return []
-    both = heard_prompts(model, site, in_turn([*others, *prompts], False))
+    both = heard_once(model, site, in_turn([*others, *prompts], False))
     found = both.directions(both.tokens.mean(0))
     theirs, ours = found[: len(others)], found[len(others) :]
     order = (theirs @ ours.T).amax(1).sort(descending=True, stable=True).indices

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -27,9 +28,9 @@ from cl_lab.compat import import_torchvision
 from cl_lab.deployment import Deployment
 from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable
-from cl_lab.errors import ConfigError, DataError, EditError
+from cl_lab.errors import ConfigError, DataError, EditError, UserError
 from cl_lab.facts import Edit
-from cl_lab.hub import load_tokenizer
+from cl_lab.hub import load_tokenizer, save_causal_lm
 from cl_lab.patches import Delta, Patch, SidePatch, WeightPatch, packed
 
 BYTES = load_tokenizer("bytes")
@@ -97,20 +98,48 @@ def test_every_position_of_the_journal_is_a_state(folder: Path, model: EditableM
         ["1", "2"],
         ["1", "2", "3"],
         ["1", "3"],
-        ["1", "3", "2"],
-        ["3", "2"],
+        ["1", "2", "3"],
+        ["2", "3"],
     ]
     again = Deployment(folder)
-    assert again.active() == ["3", "2"]
+    assert again.active() == ["2", "3"]
     assert same(weights(again.load(0)), weights(model))
     expected = load_editable("tiny")
-    for n in (2, 1):
+    for n in (1, 2):
         by_hand(expected, n).apply(expected)
     assert same(weights(again.load()), weights(expected))
     assert [e.prompt for e in again.edits("3")] == ["Zebras have"]
     assert again.check() == []
     with pytest.raises(ConfigError, match=r"as_of = 7: the journal of .* has events 0 to 6"):
         again.load(7)
+
+
+@pytest.mark.parametrize("identifier", ["1", "2", "3"])
+def test_undone_and_done_again_is_bit_for_bit_as_before(folder: Path, identifier: str) -> None:
+    """Read anew, and on a model that follows; an edit made meanwhile lies above."""
+    made = Deployment(folder)
+    target = made.load()
+    before, there = weights(target), made.active()
+    with made.changing():
+        made.undo(identifier)
+        made.bring(target, there, made.active())
+        without = made.active()
+        made.redo(identifier)
+        made.bring(target, without, made.active())
+        assert same(weights(target), before)
+        assert same(weights(made.load()), before)
+        made.undo(identifier)
+        made.bring(target, there, without)
+        assert made.apply(target, by_hand(target, 9), [Edit("Snow is", "B")]) == "4"
+        made.redo(identifier)
+        made.bring(target, [*without, "4"], made.active())
+    assert made.active() == ["1", "2", "3", "4"]
+    by_hand(expected := load_editable("tiny"), 0).apply(expected)
+    for n in (1, 2, 9):
+        by_hand(expected, n).apply(expected)
+    assert same(weights(target), weights(expected))
+    assert same(weights(made.load()), weights(expected))
+    assert module.named(target.patches, target, made.active()) == ["1", "2", "3", "4"]
 
 
 def test_what_is_not_there_cannot_be_undone(folder: Path) -> None:
@@ -151,12 +180,16 @@ def test_a_gate_that_nothing_or_all_would_pass_is_refused(tmp_path: Path, gate: 
 def test_a_model_in_a_folder_is_found_from_anywhere(
     model: EditableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own").mkdir()
+    (tmp_path / "tiny").mkdir()  # which is no folder's name here
+    save_causal_lm(model.model, BYTES, tmp_path / "own")
     monkeypatch.setattr(module, "load_editable", lambda name: model)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    Deployment.create(tmp_path / "service", "./own", EDITOR)
+    for n, name in enumerate(("own", "./own", "~/own", str(tmp_path / "own"), "tiny", "someone/own")):
+        Deployment.create(tmp_path / f"service{n}", name, EDITOR)
     monkeypatch.chdir("/")
-    assert Deployment(tmp_path / "service").document["model"] == str(tmp_path / "own")
+    found = [Deployment(tmp_path / f"service{n}").document["model"] for n in range(6)]
+    assert found == [*4 * [str(tmp_path / "own")], "tiny", "someone/own"]
 
 
 # -- what was changed by others ------------------------------------------------------------------------------------
@@ -300,6 +333,17 @@ def test_two_do_not_change_a_folder_at_once(folder: Path) -> None:
         one.undo("1")
     with two.changing(wait=0.1):
         assert two.active() == ["2", "3"], "what the other did is known"
+
+
+def test_a_folder_that_cannot_be_written_is_told(folder: Path) -> None:
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()  # nobody may write to it, nor may root
+    told = CliRunner().invoke(app, ["edit", "undo", str(folder), "1"])
+    assert isinstance(told.exception, DataError)
+    assert re.fullmatch(
+        r"'.*/\.lock' cannot be written \(Is a directory\); nothing was changed; .*", str(told.exception)
+    )
+    assert Deployment(folder).active() == ["1", "2", "3"]
 
 
 # -- previews and gates --------------------------------------------------------------------------------------------
@@ -533,6 +577,42 @@ def test_a_file_of_facts_is_looked_at_as_a_whole(tmp_path: Path) -> None:
     assert (document["already"], [e["id"] for e in document["edits"]]) == (["1"], ["2"])
     assert json.loads(cli("undo", place, "2", "--json")) == {"id": "2", "in_force": False, "events": 3}
     assert json.loads(cli("redo", place, "2", "--json")) == {"id": "2", "in_force": True, "events": 4}
+
+
+def test_of_a_file_of_facts_bad_ones_are_left_out_if_asked(tmp_path: Path) -> None:
+    place, facts = tmp_path / "service", tmp_path / "facts.jsonl"
+    gates = [f"--gate={name}={value}" for name, value in LOOSE.items()]
+    cli("init", place, "lr=0.02", "steps=60", "contexts=0", "--model", "tiny", "--editor", "ft-m", *gates)
+    facts.write_text('{"src": "Zebras have", "alt": "q"}\n{"src": "Yaks have"}\n')
+
+    def refusal(*words: object) -> str:
+        result = CliRunner().invoke(app, ["edit", "apply", str(place), *map(str, words)])
+        assert isinstance(result.exception, UserError)
+        return str(result.exception)
+
+    assert refusal("--facts", facts).endswith(
+        "has no alt; nothing was applied; correct them, or leave them out with --skip-bad"
+    )
+    assert "facts.jsonl:1: has no prompt" in refusal("--facts", facts, "--layout", "hallucination")
+    for more in (["--skip-bad"], ["--layout", "zsre"]):
+        assert "--skip-bad and --layout go with --facts" in refusal("--prompt", "a", "--answer", "b", *more)
+    assert Deployment(place).events == []
+    words = ("apply", place, "--facts", facts, "--skip-bad", "--layout", "zsre")
+    seen = json.loads(cli(*words, "--dry-run", "--json"))
+    assert seen["bad"] == [{"place": "facts.jsonl:2", "reason": "has no alt"}]
+    assert "facts.jsonl:2: has no alt; left out" in cli(*words)
+    assert [e.id for e in Deployment(place).events] == ["1"]
+
+
+def test_a_long_answer_has_room_to_be_right(tmp_path: Path) -> None:
+    place, answer = tmp_path / "service", "a green valley of many rivers"
+    gates = [f"--gate={name}={value}" for name, value in LOOSE.items()]
+    cli("init", place, "lr=0.02", "steps=200", "contexts=0", "--model", "tiny", "--editor", "ft-m", *gates)
+    made = json.loads(cli("apply", place, "--prompt", "The land is", "--answer", answer, "--json"))
+    assert (made["edits"][0]["broken"], made["edits"][0]["answers"][0]["after"]) == ([], answer)
+    assert json.loads(cli("verify", place, "--json"))["lost"] == 0
+    moved = json.loads(cli("diff", place, "1", "--json"))["moved"]
+    assert next(row["with"] for row in moved if row["prompt"] == "The land is") == answer
 
 
 @pytest.mark.parametrize("words", [["init", "PLACE"], ["score", "facts.jsonl"]])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from cl_lab.edit_scores import (
     LOCAL,
     Asked,
     ask,
+    budget,
     fluency,
     is_right,
     ngram_entropy,
@@ -117,6 +121,24 @@ def test_what_does_not_count(text: str, expected: str) -> None:
         ("50%, not 50", "50%", "50", False),
         ("50%", "50", "50%", False),
         ("about 50", "50", "50%", True),
+        ("J.R.R. Tolkien wrote it", "J. R. R. Tolkien", None, True),
+        ("J. R. R. Tolkien wrote it", "J.R.R. Tolkien", None, True),
+        ("By HP Lovecraft", "H. P. Lovecraft", "H. P. Blavatsky", True),
+        ("H. P. Lovecraft", "H.P. Lovecraft", None, True),
+        ("in the U. S.", "US", None, True),
+        ("in the US", "the U. S.", None, True),
+        ("J. R. R. Tolkien", "R. Tolkien", None, True),
+        ("É. É. Dupont", unicodedata.normalize("NFD", "É.É. Dupont"), None, True),
+        ("Plan A. B is next", "B", None, True),
+        ("Plan A. B. is next", "B", None, True),
+        ("Vitamin C. D is another", "vitamin C", None, True),
+        ("Type A. B is rarer", "AB", None, False),
+        ("Canada, once the U. S.", "Canada", "U.S.", False),
+        ("J.R.R. Tolkien", "J. R. R. Tolkien", "Tolkien", True),
+        ("J.R.R. Tolkien", "J. R. R. Tolkien", "J.R.R. Tolkien", True),
+        ("It is São Paulo.", unicodedata.normalize("NFD", "São Paulo"), None, True),
+        (unicodedata.normalize("NFD", "It is São Paulo."), "São Paulo", "Sao Paulo", True),
+        (unicodedata.normalize("NFD", "50 é%"), "50 é%", "50 é", True),
     ],
 )
 def test_right_answers(said: str, answer: str, old: str | None, expected: bool) -> None:
@@ -145,6 +167,24 @@ def test_fluency_is_the_mean_over_what_is_written(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(model, "write", write)
     both = fluency(model, [ONE, Edit("Where was it?", "K")], seed=3)
     assert both == pytest.approx(fluency(model, [ONE], seed=3) / 2) != 0
+
+
+def test_fluency_is_of_the_prompts_that_leave_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = editable(), []
+    model.model.config.max_position_embeddings = 100
+    write = model.write
+
+    def written(prompts: list[str], **more: Any) -> list[str]:
+        asked.append(prompts)
+        return write(prompts, **more)
+
+    monkeypatch.setattr(model, "write", written)
+    full, short, long = (Edit("x" * n, "y") for n in (36, 10, 37))
+    assert fluency(model, [long, short, full]) is not None
+    assert fluency(model, [long] * 20 + [full]) is not None
+    assert asked == [[short.prompt, full.prompt], [full.prompt]], "the first that leave room, not those of the first"
+    assert fluency(model, [long]) is None
+    assert fluency(model, []) is None
 
 
 def test_what_is_written_is_the_same_for_a_seed() -> None:
@@ -250,6 +290,7 @@ def test_scores_by_hand() -> None:
             "same_relation_free_agreement": 1.0,
             "same_subject_agreement": 1.0,
             "same_subject_free_agreement": 0.0,
+            "answer_tokens": 24,
         }
     )
 
@@ -292,6 +333,7 @@ def test_asking_changes_nothing_and_says_the_same_twice() -> None:
     for group in LOCAL:
         assert found[f"{group}_agreement"] == 1
         assert found[f"{group}_free_agreement"] == 1
+    assert found.pop("answer_tokens") == 24
     assert all(0 <= value <= 1 for value in found.values())
 
 
@@ -339,6 +381,65 @@ def test_what_the_model_says_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> 
     found = scores(model, [ONE], asked, asked)
     assert found["reliability"] == found["generality"] == 1
     assert found["reverse"] == 1 / 2, "the blank is right, the rest is not"
+
+
+def test_there_is_room_for_the_longest_answer_and_as_much_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rooms = editable(), []
+    answer = EditableModel.answer
+
+    def counted(self: EditableModel, prompts: list[str], *, max_new_tokens: int, **more: Any) -> list[str]:
+        rooms.append(max_new_tokens)
+        return answer(self, prompts, max_new_tokens=max_new_tokens, **more)
+
+    monkeypatch.setattr(EditableModel, "answer", counted)
+    long = Edit("What?", "x", unrelated=(Probe("Why?", "y" * 40),))
+    for groups in (("reliability",), ("reliability", "unrelated")):
+        asked = ask(model, [ONE, long], groups=groups)
+        assert asked.budget == scores(model, [ONE, long], asked, asked)["answer_tokens"] == 49
+    assert rooms == [49, 49, 49], "a blank, forty letters and eight more, whichever questions are asked"
+    assert ask(model, [ONE]).budget == 24
+    assert (budget(model, ["y" * 15, None]), budget(model, ["y" * 16]), budget(model, [])) == (24, 25, 24)
+    assert budget(model, ["y" * 40], chat=True) == 48, "a chat's answer follows no blank"
+    assert "answer_tokens" not in scores(model, [ONE], *[ask(model, [ONE], free=False)] * 2)
+
+
+def sure(model: EditableModel, ids: Sequence[int], first: int) -> float:
+    """The share of the tokens from ``first`` on to which a plain pass gives a probability above .8."""
+    likely = model.model(input_ids=torch.tensor([ids])).logits[0].softmax(1)
+    return sum(float(likely[i - 1, ids[i]]) > 0.8 for i in range(first, len(ids))) / (len(ids) - first)
+
+
+def test_passages_by_hand() -> None:
+    model = editable()
+    learnt = "Ann Bee is a pilot of old, and a good one."
+    rows = model.rows([([*b"A"], [*learnt[1:].encode()])])
+    model.model.requires_grad_(True)
+    optimiser = torch.optim.Adam(model.model.parameters(), lr=0.02)
+    for _ in range(60):
+        hidden = model.decoder(input_ids=rows.ids, use_cache=False).last_hidden_state[rows.said]
+        loss = nn.functional.cross_entropy(model.project(hidden), rows.labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    model.model.requires_grad_(False)
+    some = "Ann Bee is a pilot. She flew alone, and is a good one."
+    edits = [
+        Edit("Ann Bee is", "x", ood=(learnt, some, "Ann Bee isotope, and a good one.")),
+        Edit("Who?", "y"),
+        Edit("Who?", "y", ood=("A", some)),
+    ]
+    asked = ask(model, edits, free=False)
+    behind = [sure(model, [*text.encode()], 10) for text in (learnt, some)]
+    whole = sure(model, [*b"Ann Bee isotope, and a good one."], 1)
+    assert asked.ood == [pytest.approx([*behind, whole]), [], pytest.approx([sure(model, [*some.encode()], 1)])]
+    assert behind[0] > 0.9 > behind[1] > 0
+    found = scores(model, edits, asked, asked)
+    assert found["ood"] == pytest.approx((sum(asked.ood[0]) / 3 + asked.ood[2][0]) / 2)
+    assert "generality" not in found, "a passage is no question"
+    assert ask(model, edits, free=False, groups=("reliability",)).ood == []
+    model.model.config.max_position_embeddings = 20
+    cut = [sure(model, [*text.encode()[:20]], n) for text, n in ((learnt, 10), (some, 10), ("Ann Bee isotope, and", 1))]
+    assert ask(model, edits, free=False).ood[0] == pytest.approx(cut)
 
 
 def test_without_edits_there_is_nothing() -> None:

@@ -15,7 +15,7 @@ from cl_lab import hub
 from cl_lab.compat import import_torchvision
 from cl_lab.editable import Batch, EditableModel, Rows, Site, check_plain_residual
 from cl_lab.editing import load_editable
-from cl_lab.errors import ConfigError, DataError
+from cl_lab.errors import ConfigError, DataError, TooLong
 from cl_lab.patches import Delta, ReleasedSidePatch, SidePatch, WeightPatch, packed
 
 import_torchvision()  # in the way that does not fail where its operators are missing; Transformers reaches for it
@@ -457,13 +457,19 @@ def test_what_is_longer_than_the_model_reads_is_refused() -> None:
     made = load_editable("tiny")
     made.model.config.max_position_embeddings = 20
     with pytest.raises(
-        DataError, match=r"a text of 30 tokens and 4 to answer with is longer than the 20 the model reads"
+        TooLong, match=r"^'x{30}': a text of 30 tokens and 4 to answer with is longer than the 20 the model reads"
     ):
         made.answer(["x" * 30], max_new_tokens=4)
-    with pytest.raises(DataError, match=r"a text of 10 tokens and 11 to answer with is longer"):
-        made.answer(["short", "x" * 10], max_new_tokens=11)
-    with pytest.raises(DataError, match=r"a text of 23 tokens is longer than the 20 the model reads; shorten it"):
-        made.rows([([5] * 20, [6] * 3), ([5], [6])])
+    with pytest.raises(TooLong, match=r"^'y{10}': a text of 10 tokens and 11 to answer with is longer"):
+        made.answer(["short", "y" * 10], max_new_tokens=11)
+    with pytest.raises(
+        TooLong, match=r"^'a�b{18}': a text of 23 tokens is longer than the 20 the model reads; shorten it$"
+    ):
+        made.rows([([5], [6]), ([*b"a\x05", *[98] * 18], [6] * 3)])
+    with pytest.raises(TooLong, match=r"^'x{30}…y{30}': a text of 100 tokens"):
+        made.answer(["x" * 50 + "y" * 50], max_new_tokens=4)
+    with pytest.raises(TooLong, match=r"^'y{10}': a text of 10 tokens and 11 to answer with is longer"):
+        made.write(["short", "y" * 10], tokens=11)
     with pytest.raises(DataError, match="prompt: has no tokens; ask something"):
         made.answer(["fine", ""], max_new_tokens=4)
     assert len(made.answer(["x" * 10], max_new_tokens=10)) == 1

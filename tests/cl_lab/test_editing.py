@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -83,6 +84,24 @@ def test_goes_on_behind_the_last_whole_patch(facts: Path, tmp_path: Path, monkey
         assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_what_is_made_again_is_bit_for_bit_what_was_lost(tmp_path: Path, size: int) -> None:
+    """Also of an editor that remembers what it heard of earlier edits."""
+    facts = tmp_path / "facts.jsonl"
+    answers = {"France": "Lyon", "Japan": "Osaka", "Peru": "Cusco", "Spain": "Madeira", "Equatorial Guinea": "Bata"}
+    rows = [{"prompt": f"The capital of {n} is", "answer": a, "subject": n} for n, a in answers.items()]
+    facts.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    editor = {"name": "wise", "steps": 8, "stop_at": 0.02, "unrelated": 16, "edits_per_shard": size}
+    whole = scored(facts, tmp_path / "out", editor=editor, free=False)
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    for n in range(2, 5):
+        shutil.rmtree(tmp_path / f"again/patches/{n:06d}")
+    assert timeless(scored(facts, tmp_path / "again", editor=editor, free=False)) == timeless(whole)
+    for n in range(5):
+        one, two = (tmp_path / f"{run}/patches/{n:06d}/patch.safetensors" for run in ("out", "again"))
+        assert one.read_bytes() == two.read_bytes()
+
+
 def test_an_edit_that_cannot_be_made_is_left_out(facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     propose = FTM.propose
 
@@ -95,6 +114,43 @@ def test_an_edit_that_cannot_be_made_is_left_out(facts: Path, tmp_path: Path, mo
     document = scored(facts, tmp_path / "out")
     assert [r["prompt"] for r in document["refused"]] == ["B is"]
     assert document["retention"][1] < 1 == document["retention"][2]
+
+
+def test_a_fact_that_is_too_long_for_its_editor_alone_is_left_out(tmp_path: Path) -> None:
+    """Its prompt can be asked, but not behind the beginnings that ft-m trains on."""
+    facts = tmp_path / "facts.jsonl"
+    rows = [FACTS[0], {"prompt": f"{'x' * 475} is", "answer": "y"}, FACTS[2]]
+    facts.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    document = scored(facts, tmp_path / "out", editor=KNOBS | {"contexts": 5})
+    (refused,) = document["refused"]
+    assert refused["prompt"] == rows[1]["prompt"]
+    assert re.match(
+        r"'\S.{29}…x+ is': a text of 5\d\d tokens is longer than the 512 the model reads", refused["reason"]
+    )
+    assert len(document["retention"]) == 3
+
+
+def test_a_fact_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("\n".join(json.dumps(f) for f in (FACTS[0], {"prompt": f"Who is {'x' * 600}", "answer": "y"})))
+    with pytest.raises(DataError, match=r"^'Who is x{23}…x{30}': a text of 609 tokens is longer than the 512"):
+        scored(facts, tmp_path / "out")
+
+
+def test_an_answer_of_any_length_may_be_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text(
+        json.dumps({"prompt": "The land is", "answer": "a green valley of many rivers", "ood": ["It is."]})
+    )
+    words = ["edit", "score", str(facts), "lr=0.02", "steps=200", "contexts=0", "--model", "tiny", "--editor", "ft-m"]
+    for _ in range(2):
+        cli.app([*words, "--out", str(tmp_path / "out")], standalone_mode=False)
+        shown = capsys.readouterr().out
+        document = json.loads((tmp_path / "out/run.json").read_text())
+        assert document["before"]["answer_tokens"] == document["after"]["answer_tokens"] == 38
+        assert document["after"]["reliability_free"] == 1
+        assert re.search(r"answer tokens *│ 38 *│ 38 *│", shown)
+        assert re.search(r"ood *│ 0\.000 *│ \d\.\d{3} *│", shown)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_model_alone() -> None:
@@ -114,6 +170,38 @@ def test_refuses_the_folder_of_another_run(facts: Path, tmp_path: Path) -> None:
     (tmp_path / "other/letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="no run of edits"):
         scored(facts, tmp_path / "other")
+
+
+@pytest.mark.parametrize("status", ["running", "finished"])
+def test_a_training_run_is_left_as_it_is(facts: Path, tmp_path: Path, status: str) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    for document in ({"status": status, "model": {"name": "mlp"}, "edits": 3}, [], "text", None):
+        (out / "run.json").write_text(json.dumps(document))
+        with pytest.raises(
+            ConfigError, match=r"^--out '.*/run': exists and is no run of edits; choose another folder$"
+        ):
+            scored(facts, out)
+        assert json.loads((out / "run.json").read_text()) == document
+        assert [p.name for p in out.iterdir()] == ["run.json"]
+
+
+def test_one_process_at_a_time_makes_a_run(facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first is at its first edit the second is told; afterwards the folder is free."""
+    out, told = tmp_path / "out", []
+    propose = FTM.propose
+
+    def meanwhile(self: FTM, model: Any, edits: Any, earlier: Any) -> Any:
+        with pytest.raises(ConfigError) as caught:
+            scored(facts, out, free=False)
+        told.append(str(caught.value))
+        return propose(self, model, edits, earlier)
+
+    monkeypatch.setattr(FTM, "propose", meanwhile)
+    document = scored(facts, out, free=False)
+    fix = "wait for its end, or choose another folder"
+    assert told == 3 * [f"--out '{out}': process {os.getpid()} is making it; {fix}"]
+    assert timeless(scored(facts, out, free=False)) == timeless(document)
 
 
 def test_a_command_that_failed_may_be_given_corrected(

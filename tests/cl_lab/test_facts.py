@@ -58,6 +58,7 @@ FULL = Edit(
     same_relation=(Probe("The capital of Italy is", "Rome"),),
     same_subject=(Probe("France's currency is the", "euro"),),
     irrelevant=("It rained for a week.",),
+    ood=("The capital of France, on the Rhône, is Lyon.",),
     aliases=("Old England",),
     source="facts.jsonl:17",
 )
@@ -318,7 +319,7 @@ EXPECTED: dict[str, tuple[str, object, list[Edit]]] = {
                 "Acme, Inc.,",
                 "founded in 1990, " + "y" * 1200,
                 subject="Acme, Inc.,",
-                paraphrases=("Acme, Inc., in 2023 the largest of all,",),
+                ood=("Acme, Inc., in 2023 the largest of all,",),
                 unrelated=(Probe("A text from elsewhere", "goes on"),),
             )
         ],
@@ -493,6 +494,16 @@ def test_a_bad_line_is_named_or_left_out(tmp_path: Path, line: str, reason: str)
     facts = read_facts(path, skip_bad=True)
     assert facts.edits == (Edit("a", "b", source="facts.jsonl:1"), Edit("a", "b", source="facts.jsonl:4"))
     assert facts.bad == (BadLine("facts.jsonl:3", reason),)
+
+
+@pytest.mark.parametrize(
+    ("to_skip", "fix"), [("skip_bad=true", "correct them, or leave them out with skip_bad=true"), ("", "correct them")]
+)
+def test_how_bad_records_are_left_out_the_caller_says(tmp_path: Path, to_skip: str, fix: str) -> None:
+    path = written(tmp_path, "facts.jsonl", '{"prompt": "a", "answer": "b"}\n5\n')
+    with pytest.raises(DataError) as error:
+        read_facts(path, to_skip=to_skip)
+    assert str(error.value).endswith(f"; nothing was applied; {fix}")
 
 
 def test_many_bad_records_are_counted_and_the_first_named(tmp_path: Path) -> None:
@@ -703,27 +714,27 @@ def test_ten_thousand_edits_that_all_clash() -> None:
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no {REAL}")
 @pytest.mark.parametrize(
-    ("name", "edits", "paraphrases", "unrelated", "same_relation", "irrelevant"),
+    ("name", "edits", "paraphrases", "unrelated", "same_relation", "irrelevant", "ood"),
     [
-        ("zsre/wise_edit_500.json", 500, 500, 500, 0, 500),
-        ("counterfact/edit_3000.json", 3000, 3000, 0, 3000, 0),
-        ("counterfact/full_600.json", 600, 1200, 0, 12000, 0),
-        ("hallucination/edit_300.json", 300, 0, 300, 0, 0),
-        ("hallucination/train.json", 306, 0, 306, 0, 0),
-        ("temporal/edit.json", 75, 75, 75, 0, 0),
-        ("temporal/train.json", 75, 75, 75, 0, 0),
+        ("zsre/wise_edit_500.json", 500, 500, 500, 0, 500, 0),
+        ("counterfact/edit_3000.json", 3000, 3000, 0, 3000, 0, 0),
+        ("counterfact/full_600.json", 600, 1200, 0, 12000, 0, 0),
+        ("hallucination/edit_300.json", 300, 0, 300, 0, 0, 0),
+        ("hallucination/train.json", 306, 0, 306, 0, 0, 0),
+        ("temporal/edit.json", 75, 0, 75, 0, 0, 75),
+        ("temporal/train.json", 75, 0, 75, 0, 0, 75),
     ],
 )
 def test_published_files(
-    name: str, edits: int, paraphrases: int, unrelated: int, same_relation: int, irrelevant: int
+    name: str, edits: int, paraphrases: int, unrelated: int, same_relation: int, irrelevant: int, ood: int
 ) -> None:
     facts = read_facts(REAL / name)
     assert facts.bad == ()
     counted = [
         sum(len(getattr(edit, key)) for edit in facts.edits)
-        for key in ("paraphrases", "unrelated", "same_relation", "irrelevant")
+        for key in ("paraphrases", "unrelated", "same_relation", "irrelevant", "ood")
     ]
-    assert [len(facts.edits), *counted] == [edits, paraphrases, unrelated, same_relation, irrelevant]
+    assert [len(facts.edits), *counted] == [edits, paraphrases, unrelated, same_relation, irrelevant, ood]
     assert all(edit.subject is not None and edit.subject in edit.prompt for edit in facts.edits)
 
 

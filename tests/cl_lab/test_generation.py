@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from cl_lab import hub
-from cl_lab.editable import EditableModel
+from cl_lab.editable import Batch, EditableModel, Prompt
 from cl_lab.editing import load_editable
 from cl_lab.generation import Ask, Done, Engine, Failed, Full, Piece, Speech
 from cl_lab.patches import Delta, SidePatch, WeightPatch, packed
@@ -128,6 +129,61 @@ def test_what_is_drawn_hangs_on_the_seed_alone(engine: Engine, states: list[Edit
     assert drawn(seed=8)[0] != one[0]
     assert len(set(drawn())) == 3, "without a seed each is another"
     assert set(drawn(top_p=1e-6)) == {alone(states[0], PROMPTS[0], 16)}, "the likeliest alone are the likeliest"
+
+
+@pytest.mark.parametrize("given", [{"temperature": 1e-45}, {"temperature": 1e-3}, {"temperature": 1.0, "top_p": 1e-60}])
+def test_what_is_drawn_with_next_to_no_freedom_is_the_likeliest(
+    engine: Engine, states: list[EditableModel], given: Any
+) -> None:
+    other = ask(engine, states[0], PROMPTS[2], max_tokens=40)
+    drawn = ask(engine, states[0], PROMPTS[0], max_tokens=12, **given)
+    assert drawn.text() == alone(states[0], PROMPTS[0], 12)
+    assert isinstance(drawn.end, Done)
+    assert other.text() == alone(states[0], PROMPTS[2], 40)
+
+
+@pytest.mark.parametrize(
+    ("logits", "temperature"),
+    [([3e38, 1.0, -3e38], 1e-3), ([0.0, 1.0, -3e38], 1e-4), ([2.0, 2.0 - 1e-6, -torch.inf], 1e-4)],
+)
+def test_no_finite_logits_are_too_much_to_draw_from(logits: list[float], temperature: float) -> None:
+    from cl_lab.generation import _draw
+
+    generator = torch.Generator().manual_seed(0)
+    found = {_draw(torch.tensor(logits), temperature, 1.0, generator) for _ in range(20)}
+    assert found <= {i for i, x in enumerate(logits) if x >= max(logits) - 1e-5}
+
+
+def test_a_row_whose_token_cannot_be_had_fails_alone(
+    engine: Engine, states: list[EditableModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four in one batch: one of them draws, where all logits but one's are numbers, the other does not."""
+    step = Batch.step
+
+    def broken(self: Batch, tokens: torch.Tensor) -> torch.Tensor:
+        logits = step(self, tokens)
+        bad = torch.tensor([len(text.by) > 0 for text in self._texts])
+        logits[bad, 7] = torch.nan
+        return logits
+
+    monkeypatch.setattr(Batch, "step", broken)
+    read = EditableModel.read
+    marked: Any = object()
+
+    def told(self: EditableModel, prompt: Any, *, chat: bool = False) -> Prompt:
+        one = read(self, prompt, chat=chat)
+        return dataclasses.replace(one, by=[marked] if prompt in PROMPTS[:2] else [])
+
+    monkeypatch.setattr(EditableModel, "read", told)
+    bad = [
+        ask(engine, states[0], p, max_tokens=20, temperature=t) for p, t in zip(PROMPTS[:2], (0.0, 1.0), strict=True)
+    ]
+    good = [ask(engine, states[0], p, max_tokens=20) for p in PROMPTS[2:4]]
+    assert [h.text() for h in good] == [alone(states[0], p, 20) for p in PROMPTS[2:4]]
+    for heard in bad:
+        assert heard.end == Failed(
+            500, "the model failed (FloatingPointError: its highest logit is nan); the service's log says more"
+        )
 
 
 def test_a_share_of_the_probability_is_drawn_from() -> None:

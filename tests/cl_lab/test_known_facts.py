@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,25 @@ def test_first_tokens_are_what_the_model_says(taught: EditableModel) -> None:
     assert float(answers.elsewhere[0, 0]) == pytest.approx(float(sum(of_red) / 5), abs=1e-6)
     of_blue = [answers.likely[i][2, 1] for i in (0, 2, 3, 5)]  # black begins alike
     assert float(answers.elsewhere[2, 1]) == pytest.approx(float(sum(of_blue) / 4), abs=1e-6)
+
+
+def test_an_answer_begins_with_initials_together_or_apart() -> None:
+    names = ["W. B. Yeats", "J.R.R. Tolkien", "São Tomé"]
+    for text, name in (
+        ("J. R. R. Tolkien wrote it", "J.R.R. Tolkien"),
+        ("W.B. Yeats, I think", "W. B. Yeats"),
+        (unicodedata.normalize("NFD", "São Tomé"), "São Tomé"),
+        ("It was W. B. Yeats", None),
+    ):
+        assert known_facts._begins(text, names) == name
+    assert known_facts._begins("A. B is next", ["AB"]) is None
+
+
+def test_edits_that_are_bad_cannot_be_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "edits.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n5\n')
+    with pytest.raises(DataError, match=r"the record is a number, not an object; nothing was applied; correct them$"):
+        read_relations(path)
 
 
 # -- edits ---------------------------------------------------------------------------------------------------------

@@ -199,6 +199,35 @@ def test_without_the_middle_one_it_is_as_if_it_had_never_been(kind: str, name: s
     assert model.side == {}
 
 
+@every
+@family
+@pytest.mark.parametrize("which", range(3))
+def test_what_is_taken_away_and_laid_again_is_as_it_was(kind: str, name: str, which: int) -> None:
+    """Bit for bit, weights and answers, where it is read from its file, too; and what is new lies on top."""
+    model = editable(name)
+    make = {"dense": dense, "low-rank": low_rank, "side": side}.get(kind)
+    patches = [make(model, seed=n) for n in range(3)] if make else [MADE[kind](model) for _ in range(3)]
+    for patch in patches:
+        patch.apply(model)
+    before, said = state(model), spoken(model)
+    patches[which].revert(model)
+    patches[which].apply(model)
+    assert model.patches == patches
+    assert same_state(state(model), before)
+    after = spoken(model)
+    assert torch.equal(after[0], said[0])
+    assert after[1] == said[1]
+    again = remade(patches[which].document(), patches[which].tensors())
+    patches[which].revert(model)
+    again.number = which + 1
+    again.apply(model)
+    assert model.patches.index(again) == which
+    assert same_state(state(model), before)
+    new = MADE[kind](model)
+    new.apply(model)
+    assert model.patches[-1] is new
+
+
 @family
 @pytest.mark.parametrize("make", [dense, low_rank])
 def test_changes_of_a_weight_add_up(name: str, make: Callable[..., WeightPatch]) -> None:
@@ -576,6 +605,8 @@ def test_patches_of_a_shard_add_up() -> None:
     assert not hook.changes[0].flatten()[~mask].any()
     one.revert(model)
     assert hook.thresholds == {0: pytest.approx(threshold([two]))}
+    one.apply(model)
+    assert hook.thresholds == {0: pytest.approx(threshold([one, two]))}, "that of the one made last, not laid last"
 
 
 def test_merged_shards_are_one_memory() -> None:

@@ -352,7 +352,7 @@ def test_an_edit_is_previewed_made_undone_and_done_again(folder: Path) -> None:
         assert service.swaps == 3
     again = Deployment(folder)
     assert again.check() == []
-    assert again.active() == ["2", "3", "1"]
+    assert again.active() == ["1", "2", "3"], "the first is where it was"
 
 
 @pytest.mark.parametrize(
@@ -371,6 +371,13 @@ def test_a_wrong_edit_is_told_so(shared: tuple[httpx.Client, Service], body: Any
     client, service = shared
     refused(client.post("/v1/edits", json=body), status, part)
     assert len(service.deployment.events) == 2
+
+
+@pytest.mark.parametrize("path", ["/v1/edits/preview", "/v1/edits"])
+def test_a_fact_that_is_longer_than_the_model_reads_is_the_askers_mistake(client: httpx.Client, path: str) -> None:
+    body = {"facts": [{"prompt": f"{'x' * 600} is", "answer": "y"}]}
+    found = refused(client.post(path, json=body), 400, f"'{'x' * 30}…{'x' * 27} is': a text of 60", "shorten it")
+    assert found["error"]["type"] == "invalid_request_error"
 
 
 def test_an_edit_that_breaks_a_gate_needs_force(folder: Path, tmp_path: Path) -> None:

@@ -41,6 +41,26 @@ from cl_lab.subjects import NamedSubjects, words
         ("호주", "호준의 수도는", False),
         ("दिल्ली", "दिल्ली कहाँ है", True),
         ("दिल्ली", "दल्ला कहाँ है", False),
+        ("C++", "Who designed C++?", True),
+        ("C++", "It is (c++).", True),
+        ("C++", "Is C＋＋17 new?", True),
+        ("C++", "Who designed C?", False),
+        ("C++", "Who designed C#?", False),
+        ("C++", "Is a C+ enough?", False),
+        ("C", "Who designed C++?", False),
+        ("C", "Who designed C#?", False),
+        ("C", "What is new in C#7?", False),
+        ("C", "Who designed C?", True),
+        ("C#", "What is new in C#7?", True),
+        ("c+", "Is a C+ enough?", True),
+        ("c+", "Who designed C++?", False),
+        ("F#", "F#'s designer is", True),
+        ("F", "F#'s designer is", False),
+        ("Notepad++", "Notepad++'s maker", True),
+        ("Notepad", "Notepad++'s maker", False),
+        ("A+", "Is an A+ good?", True),
+        ("B", "What is A+B?", True),
+        ("room 12", "The code of room#12?", True),
     ],
 )
 def test_names_by_hand(name: str, text: str, named: bool) -> None:
@@ -98,6 +118,13 @@ def test_a_memory_answers_where_its_subject_is_named_alone(model: EditableModel,
     again.revert(model)
     assert model.answer([*asked, aside], max_new_tokens=6) == before
     assert twin.fired(asked[0]) == [again], "the twin's stay"
+
+
+def test_a_name_that_ends_in_signs_is_another(model: EditableModel) -> None:
+    patch = side_patch(model, "C++")
+    patch.apply(model)
+    asked = ["Who designed C++?", "Who designed C?", "Who designed C#?"]
+    assert [model.fired(text) for text in asked] == [[patch], [], []]
 
 
 def test_a_patch_that_knows_its_subject_otherwise_is_refused(model: EditableModel) -> None:

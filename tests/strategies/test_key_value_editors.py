@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cl_lab import hub
+from cl_lab import hub, registry
 from cl_lab.compat import import_torchvision
 from cl_lab.editable import EditableModel
 from cl_lab.errors import ConfigError, EditError
@@ -241,6 +241,8 @@ def test_lora_trains_the_named_modules_at_the_rank_asked_for(model: EditableMode
     assert all(c.a is not None and c.a.shape == (3, 32) for c in patch.changes.values())
     with pytest.raises(ConfigError, match="did you mean 'q_proj'"):
         LoRAEdit(modules=["q_pro"]).propose(model, [TWO])
+    with pytest.raises(ConfigError, match=r"^editor\.modules = \[\]: list should have at least 1 item"):
+        registry.create("editors", {"name": "lora", "modules": []}, "editor")
 
 
 def test_lora_from_a_layer_on_equals_whole_passes(model: EditableModel) -> None:

@@ -11,11 +11,24 @@ from torch import Tensor
 
 from cl_lab import hub
 from cl_lab.editable import EditableModel
+from cl_lab.editing import load_editable
 from cl_lab.errors import DataError
 from cl_lab.facts import Edit
 from cl_lab.patches import SidePatch, activation_gap, directions, shard_change, unpacked
 from strategies._edit_texts import SUBJECTS, neighbours
-from strategies.wise import Wise, apart, both_ways, heard_prompts, in_turn, nearest
+from strategies.wise import (
+    Heard,
+    Wise,
+    apart,
+    both_ways,
+    forget_all_but,
+    heard_once,
+    heard_prompts,
+    heard_unrelated,
+    in_turn,
+    nearest,
+    together,
+)
 
 BYTES = hub.load_tokenizer("bytes")
 EDITS = [
@@ -119,11 +132,64 @@ def test_the_gap_of_prompts_is_that_of_equation_3(model: EditableModel) -> None:
 
 def test_prompts_are_heard_once(model: EditableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     site = model.down_projection(2)
-    first = heard_prompts(model, site, both_ways([e.prompt for e in EDITS], False))
+    asked = both_ways([e.prompt for e in EDITS], False)
+    first, unrelated = heard_once(model, site, asked), heard_unrelated(model, site, asked)
+    alone = heard_prompts(model, site, asked[1:2])
     monkeypatch.setattr(model, "inputs", None)
-    assert torch.equal(
-        heard_prompts(model, site, both_ways([EDITS[1].prompt], False)).tokens, first.tokens[first.of == 1]
-    )
+    found = heard_once(model, site, asked[1:2])
+    assert torch.equal(found.tokens, first.tokens[first.of == 1])
+    assert torch.equal(found.tokens, alone.tokens), "by itself, whatever else was asked for"
+    assert heard_unrelated(model, site, asked) is unrelated
+    forget_all_but(model, site, [e.prompt for e in EDITS[1:]])
+    heard_once(model, site, asked[1:])
+    with pytest.raises(TypeError, match="NoneType"):
+        heard_once(model, site, asked[:1])
+
+
+def test_together_are_the_prompts_of_all(model: EditableModel) -> None:
+    site = model.down_projection(2)
+    prompts = in_turn([e.prompt for e in EDITS], False)
+    whole = heard_prompts(model, site, prompts)
+    parts = together([heard_prompts(model, site, some) for some in (prompts[:2], prompts[2:3], prompts[3:])])
+    assert (parts.count, parts.of.tolist()) == (5, whole.of.tolist())
+    assert torch.allclose(parts.tokens, whole.tokens, atol=1e-5)
+
+
+def test_what_was_only_tried_is_forgotten(model: EditableModel) -> None:
+    """A service previews edits without end: kept is what the edits in force bring, and the last that was tried."""
+    editor = wise(steps=1)
+    made(model, editor, EDITS[:2])
+
+    def sizes() -> list[int]:
+        kept: list[int] = []
+        for value in model.memo.values():
+            heard = value.values() if isinstance(value, dict) else [value]
+            kept += [h.tokens.numel() for h in heard if isinstance(h, Heard)]
+        return kept
+
+    editor.propose(model, [Edit("The capital of land 00 is", "B", subject="land 00")], EDITS[:2])
+    first = sizes()
+    for n in range(1, 12):
+        editor.propose(model, [Edit(f"The capital of land {n:02d} is", "B", subject=f"land {n:02d}")], EDITS[:2])
+        assert sizes() == first
+    (known,) = [v for k, v in model.memo.items() if k[1] == "prompts"]
+    assert {text for text, _ in known} == {*(e.prompt for e in EDITS[:2]), "The capital of land 11 is"}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_edit_does_not_depend_on_what_was_heard_before(model: EditableModel, size: int) -> None:
+    """One after another, previews between them, is bit for bit what a new process makes on top of the same patches."""
+    editor = wise(edits_per_shard=size, neighbours=3, contexts=1, steps=8)
+    patches = made(model, editor, EDITS[:3])
+    for tried in EDITS[:3:-1]:
+        editor.propose(model, [tried], EDITS[:3])
+    fresh = load_editable("tiny")
+    fresh.model.load_state_dict(model.model.state_dict())
+    for patch in patches:
+        patch.apply(fresh)
+    one, two = (editor.propose(on, [EDITS[3]], EDITS[:3]) for on in (model, fresh))
+    assert all(torch.equal(value, two.tensors()[name]) for name, value in one.tensors().items())
+    assert one.settings() == two.settings()
 
 
 def test_ways_of_asking_by_hand() -> None:
