@@ -888,6 +888,9 @@ def _edit_notes(document: Mapping[str, Any]) -> list[str]:
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    debug: Annotated[  # main takes it off the line; here it is for the help
+        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere on the line.")
+    ] = False,
 ) -> None:
     if version:
         typer.echo(__version__)

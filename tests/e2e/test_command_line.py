@@ -205,6 +205,7 @@ def test_corrupt_data(cl_lab: CommandLine, write_config: Callable[..., str]) -> 
 
 
 def test_debug_shows_the_traceback(cl_lab: CommandLine) -> None:
+    assert "--debug" in cl_lab("--help").stdout
     process = cl_lab.start("run", "none.yaml", "--debug")
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
