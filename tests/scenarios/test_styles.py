@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_told() -> None:
     ):
         made(style_mix=0.2, max_answer=12)
     assert made(style_mix=0.2, max_answer=22).layout["answer"] == (22,)
-    with pytest.raises(ConfigError, match=r"max_prompt = 60: the prompt of task 'toy-colours' takes .* raise it"):
+    with pytest.raises(ConfigError, match=r"max_prompt = 60: a prompt of task 'toy-colours' takes .* raise it"):
         made(style_mix=1.0, max_prompt=60)
     with pytest.raises(ConfigError, match=r"scenario\.style_mix = 2: "):
         made(style_mix=2)
