@@ -51,6 +51,8 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
         _check_resumable([(settings, place) for settings, place, _ in crossed])
     else:
         experiment.check_buildable(crossed[0][0])
+    if jobs > 1:
+        experiment.forget_streams()  # what was read for the checks; each worker reads its own
     with experiment.ready(folder, config, resume, comparison=True, threads=threads):
         tracker = Tracker.open(config.tracking.uri, config.tracking.experiment, name=folder.name)
         parent = tracker.start_run(folder, config=config.model_dump(mode="json", exclude={"out"}), fresh=not resume)

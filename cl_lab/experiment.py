@@ -430,6 +430,11 @@ def _stream(scenario: str, seed: int) -> Any:
     return registry.create("scenarios", json.loads(scenario), "scenario").stream(seed)
 
 
+def forget_streams() -> None:
+    """Let go of the streams that :func:`stream_of` keeps."""
+    _stream.cache_clear()
+
+
 def check_plugins(config: RunConfig, strategies: Sequence[StrategyConfig]) -> None:
     """Validate the knobs of every strategy, the model and the scenario; raises :class:`UserError` for the first mistake."""
     for i, strategy in enumerate(strategies):

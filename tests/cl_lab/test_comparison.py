@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cl_lab import checkpoint
+from cl_lab import checkpoint, experiment
 from cl_lab.comparison import compare
 from cl_lab.config import RunConfig, parse
 from cl_lab.errors import ConfigError, PluginError, UserError
@@ -131,6 +131,13 @@ def test_what_cannot_be_built_moves_nothing(changes: dict[str, object], match: s
             job(settings(**changes), folder)
         assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != ".lock"} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["compare", "run"]
+
+
+def test_workers_leave_no_stream_behind_with_who_started_them(tmp_path: Path) -> None:
+    compare(settings(), tmp_path, jobs=2)
+    assert experiment._stream.cache_info().currsize == 0
+    compare(settings(strategies=["naive", "joint"]), tmp_path, jobs=2, resume=True)
+    assert experiment._stream.cache_info().currsize == 0
 
 
 def test_a_full_disk_at_the_end_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
