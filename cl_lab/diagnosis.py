@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cl_lab.errors import ConfigError, TrainingError, UserError
-from cl_lab.experiment import WEIGHTS, read_document, rebuild, saved_config
+from cl_lab.experiment import WEIGHTS, is_comparison, read_document, rebuild, saved_config
 from cl_lab.reporting import DIAGNOSIS_FILE
 
 if TYPE_CHECKING:
@@ -454,7 +454,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], int]:
     saved_config(folder)  # says what is wrong with a folder that holds nothing
     document = read_document(folder)
     if document is None:
-        if (folder / "runs").is_dir():
+        if is_comparison(folder):
             first = min((p.name for p in (folder / "runs").iterdir() if p.is_dir()), default="…")
             raise UserError(
                 f"diagnose: '{folder}' holds a comparison; name one of its runs, for example {folder}/runs/{first}"

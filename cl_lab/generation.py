@@ -247,7 +247,7 @@ class Engine:
                 row.last = likeliest[i]
                 if row.drawn is not None and ask.temperature >= _COLD:
                     row.last = _draw(logits[i], ask.temperature, ask.top_p, row.drawn)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the other rows go on
+            except (ArithmeticError, RuntimeError) as error:  # the other rows go on
                 _failed(ask, error)
                 ended.add(row)
                 continue

@@ -149,7 +149,7 @@ class ProductQuantizer:
         They are ``Σ‖x − x̂‖²``, ``Σ‖x‖²``, ``Σ min(1, ‖x − x̂‖² / ‖x‖²)`` and the number of vectors that are not zero;
         :meth:`Loss.of` makes shares of them.
         """
-        missed, power = (v.to(torch.float64).square().sum(dim=1) for v in (x - self.decode(codes), x))
+        missed, power = (v.square().sum(dim=1).to(torch.float64) for v in (x - self.decode(codes), x))
         there = power > 0
         share = (missed[there] / power[there]).clamp(max=1)
         return torch.stack([missed.sum(), power.sum(), share.sum(), there.sum().to(share)])

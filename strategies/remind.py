@@ -413,7 +413,8 @@ class Remind(Strategy):
         assert isinstance(counts, Tensor)
         assert isinstance(errors, list)
         assert isinstance(shape, list)
-        self._errors = [Loss(float(power), float(vectors)) for power, vectors in errors]
+        # Checkpoints of before know the share of all power alone.
+        self._errors = [Loss(*e) if isinstance(e, list) else Loss(float(e), math.nan) for e in errors]
         self._shape, self._frozen = [int(s) for s in shape], bool(frozen)
         self._quantizer = None
         if isinstance(quantizer, dict):

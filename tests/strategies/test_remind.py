@@ -321,6 +321,23 @@ def test_drift_from_the_codebooks_is_noticed(caplog: pytest.LogCaptureFixture, m
     assert link._errors[2] == pytest.approx(link._quantizer.error(vectors), rel=1e-5)
 
 
+def test_a_checkpoint_of_before_is_gone_on_with(caplog: pytest.LogCaptureFixture) -> None:
+    """It holds one number for each time that codes were watched."""
+    on = toys.stream(form="images")
+    trainer = trainer_of(on, base="pretrained")
+    trainer.run()
+    link = link_of(trainer)
+    state = link.state_dict()
+    link.load_state_dict({**state, "errors": [0.2, 0.3]})
+    assert [e.power for e in link._errors] == [0.2, 0.3]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="cl_lab"):
+        link._watch(on.experiences[1], Loss(0.2, 0.9))
+    assert not caplog.records, "what it does not know is held against nothing"
+    link.load_state_dict(state)
+    assert link.state_dict()["errors"] == state["errors"]
+
+
 def test_drift_is_noticed_where_few_vectors_hold_the_power(caplog: pytest.LogCaptureFixture) -> None:
     """As in a language model, whose first token's state is a thousand times as long as any other's."""
     on = toys.stream(form="images")
