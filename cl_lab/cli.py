@@ -228,6 +228,9 @@ def diagnose(
         _print_json({**document, "report": str(page)})
         return
     _console().print(reporting.diagnosis_table(document))
+    along = reporting.recovery_table(document)
+    if along is not None:
+        _console().print(along)
     _console().print(f"report: {page}")
 
 

@@ -250,6 +250,17 @@ class CheckpointConfig(_Strict):
     experiences: bool = Field(
         False, description="keep the weights from before training and after each experience, for cl-lab diagnose"
     )
+    weights_at: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="with experiences=true: keep the weights so many steps into each experience, too"
+    )
+
+    @model_validator(mode="after")
+    def _kept(self) -> CheckpointConfig:
+        if self.weights_at and not self.experiences:
+            raise ValueError(
+                f"weights_at={self.weights_at} is read with experiences=true only; set it, or leave it out"
+            )
+        return self
 
 
 class TrackingConfig(_Strict):

@@ -82,7 +82,12 @@ def diagnose(
     it is the change of ``(α/r) B A`` that counts. (The paper compares subspaces; this is the plain angle of the updates.)
 
     ``first_steps`` holds, where the run scored during training, ``[share of the next experience's steps, score]``, and
-    ``half_lost_at`` the share by which half of the drop had happened.
+    ``half_lost_at`` the share by which half of the drop had happened; where it kept weights instead, as below, half B's.
+
+    ``along`` is the paper's own experiment, of a run with ``checkpoint.weights_at``: for the weights so many steps
+    (``step``) into the next experience, and at its end, what half B scores with them (``forgotten``) and after the recovery
+    above from there (``recovered``), with ``share`` of the next experience's steps and the ``ratio``, ``None`` where no
+    more was lost than chance may do.
 
     The run's own files stay as they are. ``observer`` is told of steps as a run's is. Raises :class:`UserError` for a
     folder that is no run, holds fewer than two experiences or no weights; for a stream of numbers, and for a strategy whose
@@ -92,7 +97,7 @@ def diagnose(
     run = _Diagnosed(folder)
     settings = {"steps": steps, "lr": lr, "share": share, "threshold": threshold}
     if observer is not None:
-        observer.started(2 * sum(run.steps_for(j, steps) for j in range(run.last)), 0)
+        observer.started(sum(run.recoveries(j) * run.steps_for(j, steps) for j in range(run.last)), 0)
     newest = run.score(run.last + 1, run.trainer.stream.experiences[run.last].test)
     tasks = []
     for j in range(run.last):
@@ -260,6 +265,17 @@ class _Diagnosed:
         """How many steps the recovery of experience ``j`` takes, where ``steps`` are asked for."""
         return steps or max(_FEWEST, round(_PART * self._taken(j)))
 
+    def kept_inside(self, j: int) -> list[int]:
+        """After how many steps of experience ``j`` its weights were kept, its end aside."""
+        found = (self.folder / WEIGHTS).glob(f"{j}+*.safetensors")
+        return sorted(int(path.name.removesuffix(".safetensors").partition("+")[2]) for path in found)
+
+    def recoveries(self, j: int) -> int:
+        """How many recoveries the diagnosis of experience ``j`` takes."""
+        inside = len(self.kept_inside(j + 1))
+        # That from the end of the next experience is the one from the newest weights where it is the last.
+        return 2 + inside + (inside > 0 and j + 1 < self.last)
+
     def plan(self, j: int, steps: int | None, lr: float | None, share: float) -> _Plan:
         """How experience ``j`` is to be recovered."""
         experience = self.trainer.stream.experiences[j]
@@ -284,7 +300,10 @@ class _Diagnosed:
         self.recover(0, plan, observer)
         control = self._score(plan.b)
         ratio, said = verdict(original, forgotten, recovered, control, n, threshold)
+        along = self.along(plan, original, (forgotten, recovered), observer)
         curve = self.first_steps(j)
+        if curve is None and along is not None:
+            curve = [[0.0, original], *([point["share"], point["forgotten"]] for point in along)]
         return {
             "index": j,
             "name": plan.experience.name,
@@ -303,19 +322,46 @@ class _Diagnosed:
             "mass": None if before is None or after is None else {"before": before, "after": after},
             "first_steps": curve,
             "half_lost_at": None if curve is None else _half_lost_at(curve),
+            "along": along,
         }
 
-    def load(self, learnt: int) -> None:
-        """Put the weights after ``learnt`` experiences into the model."""
+    def along(
+        self, plan: _Plan, original: float, newest: tuple[float, float], observer: Any
+    ) -> list[dict[str, Any]] | None:
+        """What was lost and what comes back while the next experience is learnt; ``None``: no weights were kept there.
+
+        ``newest`` is what half B scores with the newest weights, and after recovery from them.
+        """
+        j, n = plan.experience.index, len(plan.b)
+        inside, taken = self.kept_inside(j + 1), self._taken(j + 1)
+        if not inside:
+            return None
+        found = []
+        for step in [*inside, taken]:
+            if step == taken and j + 1 == self.last:
+                forgotten, recovered = newest
+            else:
+                point = f"{j + 1}+{step}" if step < taken else j + 2
+                forgotten = self.score(point, plan.b)
+                self.recover(point, plan, observer)
+                recovered = self._score(plan.b)
+            drop = original - forgotten
+            ratio = None if drop <= chance_of(original, forgotten, n) else (recovered - forgotten) / drop
+            share = step / taken
+            found.append({"step": step, "share": share, "forgotten": forgotten, "recovered": recovered, "ratio": ratio})
+        return found
+
+    def load(self, learnt: int | str) -> None:
+        """Put the weights after ``learnt`` experiences (``n+s``: and s steps) into the model."""
         self.learner.close()
         self.learner.set_learnt(dict(self._weights(learnt)))
 
-    def score(self, learnt: int, data: TensorData) -> float:
+    def score(self, learnt: int | str, data: TensorData) -> float:
         """The score on ``data`` with the weights after ``learnt`` experiences."""
         self.load(learnt)
         return self._score(data)
 
-    def recover(self, learnt: int, plan: _Plan, observer: Any) -> None:
+    def recover(self, learnt: int | str, plan: _Plan, observer: Any) -> None:
         """Train the weights after ``learnt`` experiences on half A of an experience."""
         from cl_lab import seeding
         from cl_lab.trainer import learning_rate
@@ -422,7 +468,7 @@ class _Diagnosed:
     def _score(self, data: TensorData) -> float:
         return float(self.learner.score(data, self.config.evaluation.batch_size).value)
 
-    def _weights(self, learnt: int) -> dict[str, Tensor]:
+    def _weights(self, learnt: int | str) -> dict[str, Tensor]:
         from cl_lab.checkpoint import load_weights
 
         return load_weights(_weights_file(self.folder, learnt))
@@ -550,7 +596,7 @@ def _half_lost_at(curve: Sequence[Sequence[float]]) -> float | None:
     return next(float(share) for share, score in curve if score <= (start + end) / 2)
 
 
-def _weights_file(folder: Path, learnt: int) -> Path:
+def _weights_file(folder: Path, learnt: int | str) -> Path:
     return folder / WEIGHTS / f"{learnt}.safetensors"
 
 

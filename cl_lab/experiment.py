@@ -30,7 +30,8 @@ RUN_FILE, CONFIG_FILE = "run.json", "config.yaml"
 _DATA = ("fingerprint", "experiences")
 """What a run's document says of its data (:func:`_data_of`)."""
 WEIGHTS = "weights"
-"""The folder in a run's that holds the weights after each experience, where ``checkpoint.experiences`` asks for them."""
+"""The folder in a run's that holds the weights after each experience, where ``checkpoint.experiences`` asks for them:
+``<n>.safetensors`` after n experiences, ``<n>+<s>.safetensors`` s steps into the next."""
 _COMPARED = ("scenario", "model", "strategy", "training", "evaluation", "seed")
 """What must be equal for a run to be resumed; engine, tracking and output folder may differ."""
 _DIGESTED = 2**20

@@ -575,6 +575,24 @@ def diagnosis_table(document: Mapping[str, Any]) -> Table:
     return table
 
 
+def recovery_table(document: Mapping[str, Any]) -> Table | None:
+    """What came back from weights kept while the next task was learnt, for the terminal; ``None``: none were kept."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = _along_rows(document)
+    if not rows:
+        return None
+    table = Table(title=Text(_ALONG), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title_justify = "left"
+    for i, head in enumerate(_ALONG_HEADS):
+        table.add_column(head.lower(), justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
 # -- what was found --------------------------------------------------------------------------------------------------
 
 
@@ -1289,6 +1307,8 @@ _DIAGNOSIS_HEADS = (
     "Newest task",
     "First half lost within",
 )
+_ALONG = "While the next task was learnt: what was answered, and what came back after recovery from there, %"
+_ALONG_HEADS = ("Old task", "Steps of the next", "Of all its steps", "Answered", "Recovered", "Ratio")
 
 
 def _diagnoses(rows: Sequence[Row], folder: Path) -> list[dict[str, Any]]:
@@ -1301,6 +1321,7 @@ def _diagnoses(rows: Sequence[Row], folder: Path) -> list[dict[str, Any]]:
         document = _document(path)
         try:
             _diagnosed_rows(document)
+            _along_rows(document)
             _counted(document)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(
@@ -1342,7 +1363,8 @@ def _diagnosed(document: Mapping[str, Any], n: int) -> dict[str, Any]:
         charts.append(
             _picture(
                 f"first-steps-{n}",
-                "Accuracy on an old task while the next one is learnt, %",
+                "Accuracy on an old task while the next one is learnt, %"
+                + ("; dotted: after recovery from there" if _along_rows(document) else ""),
                 "Line chart over the share of the next task's training.",
                 (4.2, 3.1),
                 partial(_draw_first_steps, tasks=sampled),
@@ -1359,6 +1381,7 @@ def _diagnosed(document: Mapping[str, Any], n: int) -> dict[str, Any]:
             for i, t in enumerate(sampled)
         ],
         "charts": charts,
+        "along": {"title": _ALONG, "heads": _ALONG_HEADS, "rows": _along_rows(document)},
         "masses": any(t["mass"] for t in tasks),
     }
 
@@ -1368,7 +1391,7 @@ def _diagnosed_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], s
     score, sampled, found = Score(), _sampled(document), []
     for t in document["tasks"]:
         cells = [score.number(t[k]) for k in _FOUR]
-        cells.append("–" if t["ratio"] is None else f"{t['ratio']:.2f}".replace("-", "−"))
+        cells.append(_ratio(t["ratio"]))
         mass = t["mass"]
         for whose in ("own", "later"):
             cells.append(
@@ -1379,6 +1402,27 @@ def _diagnosed_rows(document: Mapping[str, Any]) -> list[tuple[str, list[str], s
             cells.append("–" if t["half_lost_at"] is None else f"{100 * t['half_lost_at']:.1f} %")
         found.append((f"{t['index'] + 1}. {t['name']}", cells, str(t["verdict"])))
     return found
+
+
+def _along_rows(document: Mapping[str, Any]) -> list[list[str]]:
+    """What came back from weights kept while the next task was learnt; diagnoses of before have none."""
+    number = Score().number
+    return [
+        [
+            f"{t['index'] + 1}. {t['name']}",
+            str(point["step"]),
+            f"{100 * point['share']:.1f} %",
+            number(point["forgotten"]),
+            number(point["recovered"]),
+            _ratio(point["ratio"]),
+        ]
+        for t in document["tasks"]
+        for point in t.get("along") or ()
+    ]
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}".replace("-", "−")
 
 
 def _sampled(document: Mapping[str, Any]) -> list[Any]:
@@ -1455,6 +1499,11 @@ def _draw_first_steps(axes: Axes, tasks: Sequence[Mapping[str, Any]]) -> None:
         style = _style(i, False)
         xs, ys = ([k * point[side] for point in t["first_steps"]] for side, k in ((0, 100.0), (1, 100.0)))
         axes.plot(xs, ys, color=style.colour, linestyle=style.line, marker=style.marker, markersize=3.5, linewidth=1.3)
+        back = t.get("along") or ()
+        xs, ys = ([100 * point[side] for point in back] for side in ("share", "recovered"))
+        axes.plot(
+            xs, ys, color=style.colour, linestyle=":", marker=style.marker, markersize=3.5, linewidth=1.1, mfc="none"
+        )
     axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)  # what happens in the first per cents is the question
     axes.set_xlim(-0.05, 110)
     ticks = (0, 1, 3, 10, 30, 100)

@@ -123,7 +123,8 @@ class Trainer:
 
     ``stop`` is asked at every step and returns the name of a signal that wants the run to end. ``checkpoints`` is the
     folder for checkpoints, or ``None`` for none; ``weights`` that for the weights after each experience, which
-    ``checkpoint.experiences`` asks for: ``<n>.safetensors`` after n experiences, 0 before any training.
+    ``checkpoint.experiences`` asks for: ``<n>.safetensors`` after n experiences, 0 before any training, and
+    ``<n>+<s>.safetensors`` s steps later where ``checkpoint.weights_at`` asks for that.
     """
 
     def __init__(
@@ -398,6 +399,8 @@ class Trainer:
                 }
             )
             self.learner.train_mode()
+        if self._position.step in self.config.checkpoint.weights_at and not ends:
+            self._keep_weights(f"{experience.index}+{self._position.step}")
         signal_name = self._asked_to_stop()
         if signal_name is not None:
             path = self._save()
@@ -544,8 +547,8 @@ class Trainer:
                 self.checkpoints, self.record.steps, state, self.config.checkpoint.keep, suffix=suffix
             )
 
-    def _keep_weights(self, learnt: int) -> None:
-        """Write the weights after ``learnt`` experiences, where they are wanted."""
+    def _keep_weights(self, learnt: int | str) -> None:
+        """Write the weights after ``learnt`` experiences (``n+s``: and s steps), where they are wanted."""
         if self.weights is None:
             return
         weights = self.learner.learnt()  # every rank takes part: ZeRO gathers what it has sharded

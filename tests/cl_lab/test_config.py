@@ -82,6 +82,7 @@ def load(tmp_path: Path) -> Any:
         ("", ["seed=[1"], r"override 'seed=\[1': not a valid YAML value"),
         ("", ["training.epochs.x=2"], r"training\.epochs = \{'x': 2\}: input should be a valid integer"),
         ("", ["training..epochs=2"], r"training\.: unknown key"),
+        ("", ["checkpoint.weights_at=[5]"], r"checkpoint: weights_at=\[5\] is read with experiences=true only; set it"),
         ("seeds: [1]", ["seeds.x=2"], r"override 'seeds\.x=2': 'seeds\.x' leads nowhere .*count into lists from 0"),
         ("seeds: [1]", ["seeds.4=2"], r"list index out of range"),
     ],

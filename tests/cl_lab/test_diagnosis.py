@@ -137,6 +137,49 @@ def test_scores_are_the_runs_own_and_nothing_else_is_touched(tmp_path: Path) -> 
     assert {p: hashlib.sha256(p.read_bytes()).digest() for p in before} == before
 
 
+def test_along_the_next_task(tmp_path: Path) -> None:
+    """Weights kept inside an experience score what the run scored there, and what recovery brings back from them."""
+    folder = tmp_path / "run"
+    kept = {**KEPT, "weights_at": [4, 8, 18, 400]}  # an experience takes 18 steps: at its end nothing is kept twice
+    ran(folder, toy={"experiences": 3}, checkpoint=kept, evaluation={"every_steps": 4})
+    inside = {f"{n}+{s}.safetensors" for n in range(3) for s in (4, 8)}
+    assert {p.name for p in (folder / "weights").iterdir()} == inside | {f"{n}.safetensors" for n in range(4)}
+    run = json.loads((folder / "run.json").read_text())
+    document = diagnosis.diagnose(folder, steps=5)
+    for j, task in enumerate(document["tasks"]):
+        measured = [a["accuracies"][j] for a in run["anytime"] if a["experience"] == j + 1][:2]
+        assert [point["forgotten"] for point in task["along"]] == [*measured, run["matrix"][j + 1][j]]
+        assert [point["step"] for point in task["along"]] == [4, 8, 18]
+        assert [point["share"] for point in task["along"]] == pytest.approx([4 / 18, 8 / 18, 1])
+    last = document["tasks"][1]
+    assert last["along"][-1]["recovered"] == last["recovered"], "the end of the last is where the model is now"
+    for line in ("While the next task was learnt", "22.2 %"):
+        assert line in (text := reporting.write_again(folder).read_text())
+        assert line in (folder / "report.md").read_text()
+    assert "dotted: after recovery from there" in text
+    table = reporting.recovery_table(document)
+    assert table is not None
+    assert table.row_count == 6
+
+
+def test_what_was_lost_on_the_way_comes_back_by_hand(tmp_path: Path) -> None:
+    """The weights four steps into the next task say its labels and nothing else is lost; at its end all is lost."""
+    folder = tmp_path / "run"
+    ran(folder, training={"epochs": 6}, checkpoint={**KEPT, "weights_at": [4]})
+    changed(folder, 0, without_features)
+    changed(folder, 2, without_features, source=1)
+    weights = checkpoint.load_weights(folder / "weights" / "1.safetensors")
+    weights["head.linear.bias"][2:] += 8
+    checkpoint.save_weights(folder / "weights" / "1+4.safetensors", weights)
+    task = diagnosis.diagnose(folder, steps=30, lr=0.5)["tasks"][0]
+    early, end = task["along"]
+    assert (early["forgotten"], early["ratio"] > 0.95) == (0.0, True)
+    assert end["ratio"] == task["ratio"]
+    assert end["ratio"] < 0.5
+    assert task["first_steps"][:2] == [[0.0, 1.0], [pytest.approx(4 / 36), 0.0]], "kept weights make the curve, too"
+    assert task["half_lost_at"] == pytest.approx(4 / 36)
+
+
 def test_steps_and_settings(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ran(folder, training={"epochs": 5, "first": {"epochs": 20, "lr": 0.2}})  # 6 steps in an epoch
@@ -312,7 +355,7 @@ def test_layers_are_stages_and_frozen_ones_have_no_angle(tmp_path: Path) -> None
 
 def test_resumed_runs_have_the_same_weights(tmp_path: Path) -> None:
     on, naive = toys.stream(), [{"name": "naive"}]
-    sections = {**toys.HARD, "checkpoint": {**KEPT, "every_steps": 5}}
+    sections = {**toys.HARD, "checkpoint": {**KEPT, "weights_at": [5], "every_steps": 5}}
 
     def made(name: str) -> Any:
         place = tmp_path / name
@@ -322,7 +365,7 @@ def test_resumed_runs_have_the_same_weights(tmp_path: Path) -> None:
     toys.stopped_at(25, made("cut"))
     toys.at_newest(made("cut")).run()
     files = sorted(p.name for p in (tmp_path / "whole" / "weights").iterdir())
-    assert files == [f"{n}.safetensors" for n in range(4)]
+    assert set(files) == {f"{n}.safetensors" for n in range(4)} | {f"{n}+5.safetensors" for n in range(3)}
     for name in files:
         assert (tmp_path / "cut" / "weights" / name).read_bytes() == (
             tmp_path / "whole" / "weights" / name
