@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,7 +15,7 @@ from cl_lab import environment, experiment
 from cl_lab.config import RunConfig, StrategyConfig, label_of
 from cl_lab.display import StepProgress, configure_logging
 from cl_lab.errors import ConfigError, Interrupted, UserError
-from cl_lab.files import write_atomically
+from cl_lab.files import run_folders, write_atomically
 
 log = logging.getLogger("cl_lab")
 
@@ -26,7 +26,8 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
     """Run ``config.strategies`` × ``config.seeds`` in ``folder``; returns the document of ``comparison.json``.
 
     Runs that failed are listed with their error and the others go on. With ``resume``, finished runs are kept and
-    unfinished ones continued. ``jobs`` runs go on at once, each with its share of the cores.
+    unfinished ones continued, also where a label has changed: of two strategies of one name each is called by its knobs,
+    and the first was not while it was the only one. ``jobs`` runs go on at once, each with its share of the cores.
     """
     from cl_lab.reporting import write_report
     from cl_lab.results import assemble
@@ -47,8 +48,9 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
         for seed in seeds  # all strategies of a seed one after the other: they share the stream in memory
         for strategy, label, slug in zip(strategies, labels, slugs, strict=True)
     ]
+    moved = _moved(folder, crossed) if resume else {}
     if resume:  # or results of other settings, or of other data, would stand in the report under these
-        _check_resumable([(settings, place) for settings, place, _ in crossed])
+        _check_resumable([(settings, place) for settings, place, _ in crossed], moved)
     else:
         experiment.check_buildable(crossed[0][0])
     if jobs > 1:
@@ -56,6 +58,9 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
     with experiment.ready(folder, config, resume, comparison=True, threads=threads):
         tracker = Tracker.open(config.tracking.uri, config.tracking.experiment, name=folder.name)
         parent = tracker.start_run(folder, config=config.model_dump(mode="json", exclude={"out"}), fresh=not resume)
+        for settings, place, label in crossed:
+            if place in moved:
+                _move(moved[place], place, settings, label)
         plan = [_Job(settings, place, label, parent, resume) for settings, place, label in crossed]
         documents = _run_all(plan, jobs)
         comparison = assemble(config.scenario.name, str(folder), labels, documents)
@@ -70,12 +75,35 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
     return comparison
 
 
-def _check_resumable(runs: Sequence[tuple[RunConfig, Path]]) -> None:
+def _moved(folder: Path, crossed: Sequence[tuple[RunConfig, Path, str]]) -> dict[Path, Path]:
+    """Where the runs lie that are called otherwise than they were: the place that each is to have, and that it has."""
+    planned = {place for _, place, _ in crossed}
+    others = [p for p in run_folders(folder) if p not in planned]
+    found: dict[Path, Path] = {}
+    for settings, place, _ in crossed:
+        if others and not place.exists():
+            there = next((p for p in others if experiment.is_run_of(p, settings)), None)
+            if there is not None:
+                found[place] = there
+                others.remove(there)
+    return found
+
+
+def _move(there: Path, place: Path, settings: RunConfig, label: str) -> None:
+    try:
+        experiment.call(there, place, settings, label)
+    except OSError as error:
+        raise UserError(f"cannot move '{there}' to '{place}': {error.strerror}; mend it, then --resume") from error
+    log.info("%s is called '%s' now; it lies in %s", there, label, place)
+
+
+def _check_resumable(runs: Sequence[tuple[RunConfig, Path]], moved: Mapping[Path, Path]) -> None:
     """Raise :class:`UserError` where one of ``runs`` cannot be gone on with, or stands on other data than there are now.
 
     Data are looked at only where something is left to run on them.
     """
     goes_on = [experiment.check_resumable(place, settings) for settings, place in runs]
+    runs = [(settings, moved.get(place, place)) for settings, place in runs]
     finished = [(experiment.read_document(place) or {}).get("status") == "finished" for _, place in runs]
     if not all(finished):
         for (settings, place), here, done in zip(runs, goes_on, finished, strict=True):

@@ -550,6 +550,29 @@ def check_resumable(folder: Path, config: RunConfig) -> bool:
     return True
 
 
+def is_run_of(folder: Path, config: RunConfig) -> bool:
+    """Whether ``folder`` holds a run of ``config``, whatever its strategy is called there."""
+    try:
+        found = saved_config(folder) if read_document(folder) is not None else None
+    except UserError:
+        return False  # what is damaged is a run of nothing
+    if found is None:
+        return False
+    before, now = (c.model_dump(mode="json", include=set(_COMPARED)) for c in (found, config))
+    for settings in (before, now):
+        settings["strategy"] = {**(settings["strategy"] or {}), "label": None}
+    return _difference(before, now, "") is None
+
+
+def call(folder: Path, to: Path, config: RunConfig, label: str) -> None:
+    """Move the run of ``config`` in ``folder`` to ``to``, under another label. Raises :class:`OSError`."""
+    folder.rename(to)
+    document = read_document(to)
+    assert document is not None
+    write_atomically(to / RUN_FILE, json.dumps({**document, "label": label, "path": str(to)}, indent=1))
+    write_atomically(to / CONFIG_FILE, dump(config))
+
+
 def check_data(folder: Path, config: RunConfig) -> None:
     """Raise :class:`UserError` where the run of ``config`` in ``folder`` saw other data than are there now."""
     if (

@@ -66,6 +66,31 @@ def test_a_run_that_failed_under_other_settings_makes_room(tmp_path: Path, caplo
     assert [row["strategy"] for row in from_runs([tmp_path])["rows"]] == ["naive", "wild"]
 
 
+def test_a_run_keeps_its_results_under_another_label(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A second strategy of one name gives the first a longer one; it is not trained again, and goes by it from then on."""
+    small, large = ({"name": "replay", "memory": n} for n in (10, 20))
+    first = compare(settings(strategies=["naive", small]), tmp_path)["rows"][1]["runs"][0]
+    (tmp_path / "runs" / "stray-seed0").mkdir()
+    (tmp_path / "runs" / "stray-seed0" / "run.json").write_text("{damaged")
+    caplog.set_level("INFO", "cl_lab")
+    for _ in range(2):
+        rows = compare(settings(strategies=["naive", small, large]), tmp_path, resume=True)["rows"]
+        assert [row["strategy"] for row in rows] == ["naive", "replay(memory=10)", "replay(memory=20)"]
+        assert rows[1]["runs"][0] == {
+            **first,
+            "label": "replay(memory=10)",
+            "path": str(tmp_path / "runs" / "replay-memory=10-seed0"),
+        }
+    assert not (tmp_path / "runs" / "replay-seed0").exists()
+    assert caplog.text.count("is called 'replay(memory=10)' now") == 1
+    renamed = {**small, "label": "ten kept"}
+    rows = compare(settings(strategies=["naive", renamed, large]), tmp_path, resume=True)["rows"]
+    assert rows[1]["runs"][0]["matrix"] == first["matrix"]
+    assert rows[1]["runs"][0]["finished"] == first["finished"]
+    assert (tmp_path / "runs" / "ten-kept-seed0").is_dir()
+    assert (tmp_path / "runs" / "stray-seed0" / "run.json").read_text() == "{damaged"
+
+
 def test_a_comparison_leaves_a_single_run_its_settings(tmp_path: Path) -> None:
     run(settings(training={"lr": 0.2}), tmp_path / "out")
     before = (tmp_path / "out" / "config.yaml").read_text()
