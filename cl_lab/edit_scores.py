@@ -89,7 +89,8 @@ def ask(
     tokens: dict[str, list[list[list[int]]]] = {}
     texts: dict[str, list[list[str]]] = {}
     # Of all groups, whichever are asked, so that a part of the questions is answered as it is among all.
-    most = budget(model, (p.answer for e in edits for own in GROUPS.values() for p in own(e)), chat=chat)
+    asked = (p for e in edits for own in GROUPS.values() for p in own(e))
+    most = budget(model, (answer for p in asked for answer in (p.answer, *p.also)), chat=chat)
     for group in (g for g in groups if g != OOD):
         probes = [list(GROUPS[group](edit)) for edit in edits]
         flat = [p for own in probes for p in own]
@@ -108,7 +109,8 @@ def scores(
     """What ``after`` is worth for ``edits``, each value a mean over the edits that have such questions, in [0, 1].
 
     For each group ``<group>``: the share of the right answer's tokens, teacher-forced, its end not counted (rows whose
-    answer is not known count nothing), ``<group>_free`` the share of written answers that are right (:func:`is_right`). For
+    answer is not known count nothing), ``<group>_free`` the share of written answers that are right (:func:`is_right`; of
+    several right answers any, where the first is the one that is forced). For
     those that must not move also ``<group>_agreement`` and ``<group>_free_agreement``, with ``before``. ``ood``: the share
     of the tokens of a passage (``Edit.ood``) that have, those before them given, a probability above :data:`CERTAIN`, as
     WISE counts it; the edit's prompt, where the passage begins with it, is not counted, else its first token is not. A
@@ -126,7 +128,7 @@ def scores(
             found[f"{group}_free"] = _mean(
                 [
                     [
-                        float(is_right(text, p.answer, was))
+                        float(any(is_right(text, answer, was) for answer in (p.answer, *p.also)))
                         for p, text in zip(own, texts, strict=True)
                         if p.answer is not None
                     ]

@@ -24,15 +24,18 @@ from cl_lab.errors import ConfigError, DataError, nearest
 class Probe:
     """A question that is asked beside an edit, and its right answer.
 
-    ``answer`` is None where only agreement with the unedited model can be asked.
+    ``answer`` is None where only agreement with the unedited model can be asked. ``also`` are further answers that are
+    right: one that is written may be any of them, the one that is forced is ``answer``.
     """
 
     prompt: str
     answer: str | None = None
+    also: tuple[str, ...] = ()
 
-    def as_json(self) -> dict[str, str]:
-        """``prompt``, and ``answer`` where there is one."""
-        return {"prompt": self.prompt} if self.answer is None else {"prompt": self.prompt, "answer": self.answer}
+    def as_json(self) -> dict[str, Any]:
+        """``prompt``, and ``answer`` and ``also`` where there are any."""
+        given = {"prompt": self.prompt, "answer": self.answer, "also": list(self.also)}
+        return {key: value for key, value in given.items() if value}
 
 
 @dataclass(frozen=True)
@@ -161,12 +164,23 @@ def _optional(record: Mapping[str, Any], key: str, name: str = "") -> str | None
     return None if value is None else _checked(value, name or key) or None
 
 
+def _answers(record: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
+    """The answers under ``keys``, however deep in lists they stand: all that differ, in order."""
+
+    def flat(value: object) -> Iterator[object]:
+        if isinstance(value, list):
+            for one in value:
+                yield from flat(one)
+        elif value is not None:
+            yield value
+
+    found = (_checked(value, key) for key in keys for value in flat(record.get(key)))
+    return tuple(dict.fromkeys(text for text in found if text))
+
+
 def _first(record: Mapping[str, Any], key: str) -> str | None:
-    """The first of the answers under ``key``, however deep in lists it stands."""
-    value = record.get(key)
-    while isinstance(value, list):
-        value = value[0] if value else None
-    return None if value is None else _checked(value, key) or None
+    """The first of the answers under ``key``."""
+    return next(iter(_answers(record, key)), None)
 
 
 def _listed(record: Mapping[str, Any], key: str) -> list[Any]:
@@ -194,14 +208,14 @@ def _some(*texts: str | None) -> tuple[str, ...]:
     return tuple(text for text in texts if text)
 
 
-def _asked(prompt: str | None, answer: str | None) -> tuple[Probe, ...]:
+def _asked(prompt: str | None, answers: Sequence[str]) -> tuple[Probe, ...]:
     """A probe that may go without an answer, if there is one."""
-    return (Probe(prompt, answer),) if prompt else ()
+    return (Probe(prompt, next(iter(answers), None), tuple(answers[1:])),) if prompt else ()
 
 
-def _told(prompt: str | None, answer: str | None) -> tuple[Probe, ...]:
+def _told(prompt: str | None, answers: Sequence[str]) -> tuple[Probe, ...]:
     """A probe of what the edit changes: without an answer nothing can be asked."""
-    return (Probe(prompt, answer),) if prompt and answer else ()
+    return _asked(prompt, answers) if answers else ()
 
 
 # -- layouts -------------------------------------------------------------------------------------------------------
@@ -210,6 +224,7 @@ _FIELDS = tuple(f.name for f in dataclasses.fields(Edit))
 _OPTIONAL = ("old", "subject", "relation")
 _TEXTS = ("aliases", "paraphrases", "ood", "irrelevant")
 _PROBES = ("reverse", "one_hop", "unrelated", "same_relation", "same_subject")
+_ASKED = ("prompt", "answer", "also")
 _BETWEEN = " | "
 
 
@@ -239,9 +254,15 @@ def _probe(value: object, name: str) -> Probe:
         value = dict(zip(("prompt", "answer"), value, strict=False))
     given = _object(value, name)
     for key in given:
-        if key not in ("prompt", "answer"):
-            raise _Bad(f"{name} has the unknown key '{_short(key)}'{nearest(key, ('prompt', 'answer'))}")
-    return Probe(_needed(given, "prompt", f"{name}.prompt"), _optional(given, "answer", f"{name}.answer"))
+        if key not in _ASKED:
+            raise _Bad(f"{name} has the unknown key '{_short(key)}'{nearest(key, _ASKED)}")
+    answer, also = (
+        _optional(given, "answer", f"{name}.answer"),
+        _texts({f"{name}.also": given.get("also")}, f"{name}.also"),
+    )
+    if also and answer is None:
+        raise _Bad(f"{name}.also has answers and {name}.answer none; write the first as the answer")
+    return Probe(_needed(given, "prompt", f"{name}.prompt"), answer, also)
 
 
 def _from_cells(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,7 +290,7 @@ def _zsre(record: Mapping[str, Any]) -> list[Edit]:
             old=_first(record, "answers"),
             subject=_optional(record, "subject"),
             paraphrases=_some(_optional(record, "rephrase")),
-            unrelated=_asked(_optional(record, "loc"), _first(record, "loc_ans")),
+            unrelated=_asked(_optional(record, "loc"), _answers(record, "loc_ans")),
             irrelevant=_some(_optional(record, "loc_prompt_train")),
         )
     ]
@@ -312,8 +333,8 @@ def _mquake(record: Mapping[str, Any]) -> list[Edit]:
     edits = [_rewrite(value, f"requested_rewrite[{i}]") for i, value in rewrites]
     if not edits:
         raise _Bad("requested_rewrite is empty")
-    answer = _first(record, "new_answer")
-    hops = tuple(p for question in _texts(record, "questions") for p in _told(question, answer))
+    answers = _answers(record, "new_answer", "new_answer_alias")
+    hops = tuple(p for question in _texts(record, "questions") for p in _told(question, answers))
     return [*edits[:-1], dataclasses.replace(edits[-1], one_hop=hops)]
 
 
@@ -328,7 +349,7 @@ def _easyedit(record: Mapping[str, Any]) -> Edit:
 
 
 def _beside(record: Mapping[str, Any]) -> tuple[Probe, ...]:
-    return _asked(_optional(record, "locality_prompt"), _first(record, "locality_ground_truth"))
+    return _asked(_optional(record, "locality_prompt"), _answers(record, "locality_ground_truth"))
 
 
 def _counterfact_easyedit(record: Mapping[str, Any]) -> list[Edit]:
@@ -354,13 +375,15 @@ def _knowedit(record: Mapping[str, Any]) -> list[Edit]:
             into, make = _group(key, name)
             for i, value in enumerate(_as_list(group), 1):
                 asked = _object(value, f"{place}[{i}]")
-                probes[into] += make(_optional(asked, "prompt", f"{place}[{i}].prompt"), _first(asked, "ground_truth"))
+                probes[into] += make(
+                    _optional(asked, "prompt", f"{place}[{i}].prompt"), _answers(asked, "ground_truth")
+                )
     rephrased = (_checked(value, key) for key in ("rephrase", "rephrase_prompt") for value in _as_list(record.get(key)))
     given: dict[str, Any] = {key: tuple(value) for key, value in probes.items()}
     return [dataclasses.replace(_easyedit(record), paraphrases=_some(*rephrased), **given)]
 
 
-def _group(key: str, name: str) -> tuple[str, Callable[[str | None, str | None], tuple[Probe, ...]]]:
+def _group(key: str, name: str) -> tuple[str, Callable[[str | None, Sequence[str]], tuple[Probe, ...]]]:
     """Where KnowEdit's group ``name`` goes, and how its probes are made."""
     lower = name.lower()
     if key == "portability":
@@ -377,7 +400,7 @@ def _halluedit(record: Mapping[str, Any]) -> list[Edit]:
     subject = _needed(record, "subject")
     believed = next((key for key in record if key.startswith("output_")), None)
     hops = (
-        (_optional(record, f"question_{n}hop"), _optional(record, f"answer_{n}hop"))
+        (_optional(record, f"question_{n}hop"), _some(_optional(record, f"answer_{n}hop")))
         for n in range(1, 10)  # the set has 2 to 6
     )
     return [
@@ -388,9 +411,9 @@ def _halluedit(record: Mapping[str, Any]) -> list[Edit]:
             subject=subject,
             relation=_optional(record, "relation"),
             paraphrases=_some(_optional(record, "paraphrased_question")),
-            reverse=_told(_optional(record, "reversed_relation_question"), subject),
-            one_hop=tuple(probe for question, answer in hops for probe in _told(question, answer)),
-            same_subject=_asked(_optional(record, "locality_question"), None),
+            reverse=_told(_optional(record, "reversed_relation_question"), (subject,)),
+            one_hop=tuple(probe for question, answers in hops for probe in _told(question, answers)),
+            same_subject=_asked(_optional(record, "locality_question"), ()),
         )
     ]
 

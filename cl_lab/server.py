@@ -232,10 +232,11 @@ class ChatRequest(_Sampling):
 
 
 class Probe(_Strict):
-    """A question that is asked beside an edit."""
+    """A question that is asked beside an edit; ``also`` are further answers that are right when they are written."""
 
     prompt: Text
     answer: Text | None = None
+    also: list[Text] | None = None
 
 
 class Fact(_Strict):

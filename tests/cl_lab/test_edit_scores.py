@@ -295,6 +295,17 @@ def test_scores_by_hand() -> None:
     )
 
 
+def test_any_of_several_right_answers_may_be_written() -> None:
+    """The one that is forced is the first, as the papers count."""
+    edit = Edit("?", "17", one_hop=(Probe("Where?", "BC", ("D", "EF")), Probe("When?", "G", ("H",))))
+    asked = Asked({"one_hop": [[BC, [32, 0]]]}, {"one_hop": [["In EF, I think", "J"]]})
+    assert scores(editable(), [edit], asked, Asked({})) == {
+        "one_hop": pytest.approx((1 + 1 / 2) / 2),
+        "one_hop_free": 1 / 2,
+        "answer_tokens": asked.budget,
+    }
+
+
 def test_edits_count_alike_however_many_questions_they_have() -> None:
     asked = Asked({"generality": [[BC, BC, CC], [[32, 0, 0]]]})
     three = Edit("?", "BC", paraphrases=("1", "2", "3"))
@@ -392,7 +403,7 @@ def test_there_is_room_for_the_longest_answer_and_as_much_for_each(monkeypatch: 
         return answer(self, prompts, max_new_tokens=max_new_tokens, **more)
 
     monkeypatch.setattr(EditableModel, "answer", counted)
-    long = Edit("What?", "x", unrelated=(Probe("Why?", "y" * 40),))
+    long = Edit("What?", "x", unrelated=(Probe("Why?", "y", ("z", "y" * 40)),))
     for groups in (("reliability",), ("reliability", "unrelated")):
         asked = ask(model, [ONE, long], groups=groups)
         assert asked.budget == scores(model, [ONE, long], asked, asked)["answer_tokens"] == 49

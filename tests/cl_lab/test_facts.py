@@ -56,7 +56,7 @@ FULL = Edit(
     one_hop=(Probe("The river through France's capital is the", "Rhône"),),
     unrelated=(Probe("Water is made of", "hydrogen"), Probe("Who wrote Faust?")),
     same_relation=(Probe("The capital of Italy is", "Rome"),),
-    same_subject=(Probe("France's currency is the", "euro"),),
+    same_subject=(Probe("France's currency is the", "euro", ("Euro", "€")),),
     irrelevant=("It rained for a week.",),
     ood=("The capital of France, on the Rhône, is Lyon.",),
     aliases=("Old England",),
@@ -289,7 +289,7 @@ EXPECTED: dict[str, tuple[str, object, list[Edit]]] = {
                 paraphrases=("Leo Arndt died in", "Where did Leo Arndt die? In"),
                 reverse=(Probe("In Berlin died", "Leo Arndt"),),
                 one_hop=(
-                    Probe("The place of death of Leopold Arndt is", "Berlin"),
+                    Probe("The place of death of Leopold Arndt is", "Berlin", ("DE-BE",)),
                     Probe("The continent Leo Arndt died on is", "Europe"),
                     Probe("Is Leo Arndt alive?", "no"),
                 ),
@@ -335,8 +335,8 @@ EXPECTED: dict[str, tuple[str, object, list[Edit]]] = {
                 old="England",
                 subject="English",
                 one_hop=(
-                    Probe("Where was Anna Blum's mother tongue made?", "Oz"),
-                    Probe("In which land was it made?", "Oz"),
+                    Probe("Where was Anna Blum's mother tongue made?", "Oz", ("Land of Oz",)),
+                    Probe("In which land was it made?", "Oz", ("Land of Oz",)),
                 ),
             ),
         ],
@@ -465,6 +465,14 @@ def test_a_table_with_lists_in_its_cells(tmp_path: Path, name: str, by: str) -> 
         (
             '{"prompt": "a", "answer": "b", "reverse": [{"prompt": "c", "answr": "d"}]}',
             "reverse[1] has the unknown key 'answr'; did you mean 'answer'?",
+        ),
+        (
+            '{"prompt": "a", "answer": "b", "reverse": [{"prompt": "c", "also": ["d"]}]}',
+            "reverse[1].also has answers and reverse[1].answer none; write the first as the answer",
+        ),
+        (
+            '{"prompt": "a", "answer": "b", "reverse": [{"prompt": "c", "answer": "d", "also": "e"}]}',
+            "reverse[1].also is a text, not a list",
         ),
         ('{"prompt": "a\\u0000", "answer": "b"}', "prompt holds a null character"),
         ('{"prompt": "a", "answer": "b\\ud83d"}', "answer holds half of a surrogate pair"),
