@@ -7,6 +7,7 @@ the answer's places only.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +22,12 @@ from cl_lab.adapters import LowRank, adapted_layers, is_linear, is_transposed
 from cl_lab.errors import ConfigError, nearest
 from cl_lab.hub import family_logits, load_causal_lm, short_text, shortened, tiny_causal_lm
 from cl_lab.knobs import knob
-from cl_lab.models import Backbone, Classifier, Head, Stage, matching
+from cl_lab.models import Backbone, Classifier, Head, Stage
+from cl_lab.module_paths import matching
 from cl_lab.protocols import ModelSpec
 from cl_lab.records import FlatLatent, Stream
+
+log = logging.getLogger("cl_lab")
 
 _TINY = "tiny"
 _TARGETS = "model.lora_targets"
@@ -264,7 +268,7 @@ class CausalLM(ModelSpec):
     ``weights`` is a model that ``cl-lab fetch model`` knows (``smollm2-135m``), a local folder, a GGUF file, an id of the
     Hugging Face hub, or ``tiny``: a random Llama over the stream's own vocabulary, to be trained from the beginning
     (``adapt=full``). ``layers``, ``width`` and ``heads`` are its size (2, 32 and 2 where they are not given); other weights
-    have theirs. Nothing is unpickled and no code that comes with a model is run, unless ``trust_remote_code`` says so.
+    have theirs. Nothing is unpickled and no code that comes with a model is run, unless ``--trust-remote-code`` is typed.
 
     LoRA (Hu et al. 2022, arXiv 2106.09685) adds ``(α/r)·BA`` to each target's weight; A and B alone are trained. A target is
     the last part of a module's path (``q_proj``) or a whole path with wildcards (``model.layers.[0-9].self_attn.*_proj``),
@@ -289,7 +293,6 @@ class CausalLM(ModelSpec):
         "stage up to which nothing is trained (model.layers.19): samples pass it once, and strategies see what comes out",
     )
     keep_latents: bool = knob(False, "keep what the frozen layers make on disk ($CL_LAB_CACHE/latents) for other runs")
-    trust_remote_code: bool = knob(False, "run code that comes with the model; it can do all that you can do")
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
@@ -326,8 +329,9 @@ class CausalLM(ModelSpec):
                 vocabulary = max(highest, *(int(e.test.x.max()) for e in stream.experiences)) + 1
             # Editors read more than the stream's own texts: what they put before a prompt, and prompts of their own.
             model = tiny_causal_lm(vocabulary, context=max(512, sum(stream.input_shape)), **self._size())
+            model = model.to(getattr(torch, self.dtype))
         else:
-            model = load_causal_lm(self.weights, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+            model = load_causal_lm(self.weights, dtype=self.dtype)
         vocabulary, longest = model.get_output_embeddings().weight.shape[0], sum(stream.input_shape)
         if highest >= vocabulary:
             raise ConfigError(
@@ -347,6 +351,12 @@ class CausalLM(ModelSpec):
             )
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.adapt == "full" and self.dtype == "bfloat16":
+            log.warning(
+                "model.dtype = 'bfloat16' with adapt = 'full': what a step adds to a weight is lost where it is less than a "
+                "256th of it, and at small learning rates most of it is; take dtype=float32, with engine.precision=bf16 for "
+                "its speed"
+            )
         model.requires_grad_(self.adapt == "full")
         if self.adapt == "lora":
             add_adapters(

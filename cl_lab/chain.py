@@ -88,10 +88,19 @@ class Chain:
                     "set scenario.incremental=task or take a strategy that does not"
                 )
             if stream.objective not in link.objectives:
+                like = link.instead.get(stream.objective)
+                fix = f"take {like}, its like there" if like else "take a strategy that learns one, for example naive"
                 raise ConfigError(
                     f"strategy '{name}' learns {' or '.join(sorted(link.objectives))} only, but stream '{stream.name}' is "
-                    f"a {stream.objective}; take a strategy that learns one, for example naive"
+                    f"a {stream.objective}; {fix}"
                 )
+        renewing = next((n for n, s in zip(names, links, strict=True) if s.renews_parameters), None)
+        remembering = next((n for n, s in zip(names, links, strict=True) if s.remembers_parameters), None)
+        if renewing is not None and remembering is not None:
+            raise ConfigError(
+                f"strategy chain: {renewing} begins adapters anew with each experience, so what {remembering} remembers of "
+                "the old ones says nothing about them; keep one of the two"
+            )
 
     @property
     def reference(self) -> bool:

@@ -894,6 +894,14 @@ def _version(
     debug: Annotated[  # main takes it off the line; here it is for the help
         bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere on the line.")
     ] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run code, and read pickles, that come with a language model: they can do all that you can do. May stand "
+            "anywhere on the line.",
+        ),
+    ] = False,
 ) -> None:
     if version:
         typer.echo(__version__)
@@ -903,7 +911,9 @@ def _version(
 def main() -> None:
     """Entry point: runs the command, and turns what the user can mend into one line and exit code 2."""
     debug = "--debug" in sys.argv[1:]
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--trust-remote-code")]
+    if "--trust-remote-code" in sys.argv[1:]:
+        os.environ["CL_LAB_TRUST_REMOTE_CODE"] = "1"  # not from cl_lab.hub: --help has no time for it
     from cl_lab.display import configure_logging
 
     configure_logging()

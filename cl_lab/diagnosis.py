@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _PART = 0.1
 """Recovery's share of the steps an experience took: one epoch of task 0's ten in the paper's experiment."""
 _FEWEST = 10
+_ROWS = 8
+"""Rows of a task that tell what its answers depend on."""
 _LOW = 0.5
 """Below this recovery ratio, knowledge is said to be lost."""
 
@@ -47,10 +49,13 @@ def diagnose(
 
     For every experience but the last, four scores on the same rows, its *half B*: ``original`` with the weights right
     after it, ``forgotten`` with the newest, ``recovered`` after some steps from the newest on its *half A*, ``control``
-    after the same steps from the weights before any training. ``ratio`` is the paper's (recovered − forgotten) / (original
-    − forgotten). The verdict, with two standard errors of a difference of two shares of n rows, ``2 √((p(1−p) + q(1−q)) /
-    n)``, as what chance may do:
+    after the same steps from the weights before any training; beside them ``before``, what those score as they are.
+    ``ratio`` is the paper's (recovered − forgotten) / (original − forgotten). The verdict, with two standard errors of a
+    difference of two shares of n rows, ``2 √((p(1−p) + q(1−q)) / n)``, as what chance may do:
 
+    - ``not learnt``: the score fell by no more than chance may do, or rose, but the experience had not raised it above
+      ``before`` by more than that: what it did not teach, be it known before or never, can be neither kept nor lost; there
+      is no ratio;
     - ``kept``: the score fell by no more than chance may do; there is no ratio;
     - ``knowledge lost``: ratio below 0.5, as far as these steps tell;
     - ``cannot tell``: the ratio is higher, but the control is level with the recovered model: whoever never knew the task
@@ -65,7 +70,7 @@ def diagnose(
     questions about other people; pictures), half A is the training set and half B the whole test set. Where it is tested
     on what it was trained on (its tasks 1, 2, …: memory), training on all of it would learn the answers again; there half
     A is ``share`` of the test rows, drawn with the run's seed and whole people
-    (:class:`~cl_lab.records.Experience`'s ``groups``) at a time, and half B the others.
+    (:class:`~cl_lab.records.Experience`'s ``groups``) at a time, and half B the others. Equal rows stay on one side.
 
     Recovery is plain training of all that the model may train, layers that a strategy froze on the way included: the
     experience's own settings with a fresh optimiser, schedule and warm-up shrunk to ``steps`` (by default a tenth of what
@@ -77,9 +82,10 @@ def diagnose(
     it is that of the answers' first tokens behind the prompt, among the whole vocabulary. ``None`` where the task is told
     or no label is a later task's alone.
 
-    ``updates`` holds, by layer (the model's stages), the norm of each experience's change of the weights, and the angle in
-    degrees between each and the next: 90 is orthogonal, ``None`` where one of the two is no change. Of low-rank adapters
-    it is the change of ``(α/r) B A`` that counts. (The paper compares subspaces; this is the plain angle of the updates.)
+    ``updates`` holds, by layer (the model's stages; of soft prompts, the module that owns them), the norm of each
+    experience's change of the weights, and the angle in degrees between each and the next: 90 is orthogonal, ``None`` where
+    one of the two is no change. Of low-rank adapters it is the change of ``(α/r) B A`` that counts. (The paper compares
+    subspaces; this is the plain angle of the updates.)
 
     ``first_steps`` holds, where the run scored during training, ``[share of the next experience's steps, score]``, and
     ``half_lost_at`` the share by which half of the drop had happened; where it kept weights instead, as below, half B's.
@@ -90,8 +96,9 @@ def diagnose(
     more was lost than chance may do.
 
     The run's own files stay as they are. ``observer`` is told of steps as a run's is. Raises :class:`UserError` for a
-    folder that is no run, holds fewer than two experiences or no weights; for a stream of numbers, and for a strategy whose
-    model does not answer itself; :class:`ConfigError` for arguments out of range.
+    folder that is no run, holds fewer than two experiences or no weights; for a stream of numbers, for a strategy whose
+    model does not answer itself, and for one that leaves nothing to train in what answers an old task;
+    :class:`ConfigError` for arguments out of range.
     """
     _check_arguments(steps, lr, share, threshold)
     run = _Diagnosed(folder)
@@ -121,12 +128,12 @@ def diagnose(
 
 
 def verdict(
-    original: float, forgotten: float, recovered: float, control: float, n: int, threshold: float
+    before: float, original: float, forgotten: float, recovered: float, control: float, n: int, threshold: float
 ) -> tuple[float | None, str]:
-    """The recovery ratio and the verdict of :func:`diagnose` on four shares of ``n`` rows."""
+    """The recovery ratio and the verdict of :func:`diagnose` on five shares of ``n`` rows."""
     drop = original - forgotten
     if drop <= chance_of(original, forgotten, n):
-        return None, "kept"
+        return None, "not learnt" if original - before <= chance_of(original, before, n) else "kept"
     ratio = (recovered - forgotten) / drop
     if ratio < _LOW:
         return ratio, "knowledge lost"
@@ -202,8 +209,10 @@ def layers_of(model: nn.Module, names: Sequence[str]) -> dict[str, list[str]]:
     from cl_lab.models import Classifier
 
     stage_of: dict[str, str] = {}
-    # A model whose weights another network writes (hnet) has other parameters than those of its stages.
-    if isinstance(model, Classifier) and all(name.startswith(("backbone.", "head.")) for name in names):
+    # A model whose weights another network writes (hnet) has other parameters than those of its stages; what stands before
+    # each text goes through all stages and is part of none.
+    staged = all(name.startswith(("backbone.", "head.")) for name in names)
+    if isinstance(model, Classifier) and staged and not model.backbone.conditional:
         for stage in model.stages():
             for path in model.modules_up_to(stage):
                 for name in names:
@@ -260,6 +269,7 @@ class _Diagnosed:
         _check_answers(self.trainer)
         self.learner = self.trainer.learner
         self.adapted = adapted_layers(self.learner.model)
+        self._check_trains()
 
     def steps_for(self, j: int, steps: int | None) -> int:
         """How many steps the recovery of experience ``j`` takes, where ``steps`` are asked for."""
@@ -292,14 +302,15 @@ class _Diagnosed:
     def examine(self, plan: _Plan, newest: float, threshold: float, observer: Any) -> dict[str, Any]:
         """All that is told of one experience."""
         j, n = plan.experience.index, len(plan.b)
-        original, before = self.score(j + 1, plan.b), self.mass(j, plan.b)
-        forgotten, after = self.score(self.last + 1, plan.b), self.mass(j, plan.b)
+        before = self.score(0, plan.b)
+        original, mass = self.score(j + 1, plan.b), self.mass(j, plan.b)
+        forgotten, moved = self.score(self.last + 1, plan.b), self.mass(j, plan.b)
         self.recover(self.last + 1, plan, observer)
         recovered = self._score(plan.b)
         newest_after = self._score(self.trainer.stream.experiences[self.last].test)
         self.recover(0, plan, observer)
         control = self._score(plan.b)
-        ratio, said = verdict(original, forgotten, recovered, control, n, threshold)
+        ratio, said = verdict(before, original, forgotten, recovered, control, n, threshold)
         along = self.along(plan, original, (forgotten, recovered), observer)
         curve = self.first_steps(j)
         if curve is None and along is not None:
@@ -307,6 +318,7 @@ class _Diagnosed:
         return {
             "index": j,
             "name": plan.experience.name,
+            "before": before,
             "original": original,
             "forgotten": forgotten,
             "recovered": recovered,
@@ -319,7 +331,7 @@ class _Diagnosed:
             "lr": plan.training.lr,
             "memorised": plan.memorised,
             "rows": {"a": len(plan.a), "b": n},
-            "mass": None if before is None or after is None else {"before": before, "after": after},
+            "mass": None if mass is None or moved is None else {"before": mass, "after": moved},
             "first_steps": curve,
             "half_lost_at": None if curve is None else _half_lost_at(curve),
             "along": along,
@@ -465,6 +477,38 @@ class _Diagnosed:
         before = max((s for i in range(j) if (s := self._ends(i)) is not None), default=0)
         return 0 if end is None else end - before
 
+    def _check_trains(self) -> None:
+        """Refuse a run whose old tasks read nothing that may be trained: no step could bring anything back."""
+        for learnt, when in ((0, "before any training"), (self.last + 1, "by now")):
+            self.load(learnt)
+            for experience in self.trainer.stream.experiences[: self.last]:
+                if not self._reads_trained(experience.test):
+                    raise UserError(
+                        f"diagnose: strategy '{', '.join(self.trainer.strategy.names)}' trains parameters of each task's "
+                        f"own, and none that '{experience.name}' reads {when}, so its recovery would tell nothing; diagnose "
+                        "a run of a strategy whose tasks share what is trained, for example naive"
+                    )
+
+    def _reads_trained(self, data: TensorData) -> bool:
+        """Whether answers to ``data``, as the model is, depend on anything that may be trained."""
+        import torch
+
+        from cl_lab import seeding
+        from cl_lab.records import Batch
+
+        learner, few = self.learner, slice(0, _ROWS)
+        learner.model.eval()
+        with torch.enable_grad():
+            outputs = learner.forward(Batch(data.x[few], data.y[few], data.t[few], 0, raw=data.raw).to(learner.device))
+            if not outputs.requires_grad:
+                return False
+            said = outputs.float()[outputs.isfinite()]
+            # Not the loss, whose gradient is zero as well where an answer is certain.
+            drawn = torch.randn(len(said), generator=seeding.generator(self.config.seed, "diagnose", "reads"))
+            trained = [p for p in learner.model.parameters() if p.requires_grad]
+            found = torch.autograd.grad(said @ drawn.to(said.device), trained, allow_unused=True)
+        return any(g is not None and bool(g.any()) for g in found)
+
     def _score(self, data: TensorData) -> float:
         return float(self.learner.score(data, self.config.evaluation.batch_size).value)
 
@@ -544,20 +588,43 @@ def _mostly_within(test: TensorData, train: TensorData) -> bool:
         return False
 
     def rows(data: TensorData) -> list[bytes]:
-        return [x.tobytes() + y.tobytes() for x, y in zip(data.x.contiguous().numpy(), data.y.numpy(), strict=True)]
+        return [x + y.tobytes() for x, y in zip(_bytes(data.x), data.y.numpy(), strict=True)]
 
     known = set(rows(train))
     return 2 * sum(row in known for row in rows(test)) > len(test)
 
 
+def _bytes(x: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in x.contiguous().numpy()]
+
+
+def _together(groups: Tensor, x: Tensor) -> Tensor:
+    """``groups`` ``[N]`` with those that hold equal rows of ``x`` as one, which goes by the lowest of their numbers."""
+    import torch
+
+    joined = {g: g for g in groups.tolist()}
+
+    def lowest(g: int) -> int:
+        while joined[g] != g:
+            joined[g] = joined[joined[g]]
+            g = joined[g]
+        return g
+
+    first: dict[bytes, int] = {}
+    for row, group in zip(_bytes(x), groups.tolist(), strict=True):
+        a, b = sorted((lowest(group), lowest(first.setdefault(row, group))))
+        joined[b] = a
+    return torch.tensor([lowest(g) for g in groups.tolist()], dtype=groups.dtype)
+
+
 def _halves(experience: Experience, share: float, seed: int) -> tuple[TensorData, TensorData]:
-    """The test rows in two, those that belong together on one side."""
+    """The test rows in two, those that belong together or are equal on one side."""
     import torch
 
     from cl_lab import seeding
 
     test = experience.test
-    groups = torch.arange(len(test)) if experience.groups is None else experience.groups
+    groups = _together(torch.arange(len(test)) if experience.groups is None else experience.groups, test.x)
     there = groups.unique()
     drawn = there[seeding.permutation(len(there), seed, "diagnose", "half", experience.index)]
     count = round(share * len(there))

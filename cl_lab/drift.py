@@ -11,7 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ _MOST_NATS = 700.0  # of surprise per token, before exp leaves float64
 class Probes:
     """Probes as rows of a stream's shape, so that whatever answers the stream's test sets can be asked.
 
+    They are of no task of the stream; :meth:`of_newest` says which one they pass for.
+
     ``data`` is int32 ``[N, P + A]``; ``said`` ``[N, A]`` int64 are the tokens whose log-probability counts, then
     :data:`~cl_lab.records.PAD`. A text or option longer than A tokens takes several rows, each with the tokens before it,
     up to P, as its prompt; ``of`` ``[N]`` int64 numbers what a row is part of: first the ``texts``, then for each of
@@ -43,6 +45,13 @@ class Probes:
     of: Tensor
     texts: int
     questions: tuple[tuple[str, int], ...]
+
+    def of_newest(self, data: TensorData, learnt: int) -> TensorData:
+        """``data``, these probes or their codes, as samples of the newest of ``learnt`` experiences (before all: the first).
+
+        A model in use has the prompt, or what else belongs to a task, of the task that it learnt last.
+        """
+        return replace(data, t=torch.full_like(data.t, max(learnt - 1, 0)))
 
     def results(self, log_likelihoods: Tensor) -> dict[str, Any]:
         """Of float64 ``[N]`` log-likelihoods, in nats: ``{"perplexity": …, "general": {topic: share}}``.

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cl_lab")
 
+TRUSTED = "CL_LAB_TRUST_REMOTE_CODE"
+"""The environment's variable that the command line's ``--trust-remote-code`` sets to 1: workers and ranks inherit it."""
+
 
 @dataclass(frozen=True)
 class KnownModel:
@@ -326,12 +329,17 @@ _ATTENTION = "sdpa_fp32_on_cpu"
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def load_causal_lm(name: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> nn.Module:
+def trusts_remote_code() -> bool:
+    """Whether the user typed ``--trust-remote-code``, here or where this process was started from (:data:`TRUSTED`)."""
+    return os.environ.get(TRUSTED) == "1"
+
+
+def load_causal_lm(name: str, *, dtype: str = "float32") -> nn.Module:
     """The causal language model ``name`` (:func:`find_model`) on the CPU, a ``PreTrainedModel`` in evaluation mode.
 
-    Only safetensors and GGUF are read, the latter dequantised; with ``trust_remote_code`` also pickles and code that
-    comes with the model. Torch's generator is left as it was. Raises :class:`ConfigError` where there is no such model
-    or only a pickle, or one whose logits are made as no family's here are (:func:`family_logits`), and
+    Only safetensors and GGUF are read, the latter dequantised; where the user trusts it (:func:`trusts_remote_code`) also
+    pickles and code that comes with the model. Torch's generator is left as it was. Raises :class:`ConfigError` where there
+    is no such model or only a pickle, or one whose logits are made as no family's here are (:func:`family_logits`), and
     :class:`DataError` where it cannot be read, lacks some of its weights, or holds or gives what is no number.
     """
     import torch
@@ -339,11 +347,11 @@ def load_causal_lm(name: str, *, dtype: str = "float32", trust_remote_code: bool
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype = '{dtype}': no floating-point type to load weights in{nearest(dtype, _DTYPES)}")
     place = find_model(name)
-    path = Path(place)
-    if path.is_dir() and not trust_remote_code and not any((path / w).exists() for w in _WEIGHTS):
+    path, trusted = Path(place), trusts_remote_code()
+    if path.is_dir() and not trusted and not any((path / w).exists() for w in _WEIGHTS):
         raise ConfigError(
             f"model '{name}': its weights are a pickle (pytorch_model.bin), which can run any code when it is read; save it "
-            "as safetensors, or set trust_remote_code if you trust who made it"
+            "as safetensors, or type --trust-remote-code if you trust who made it"
         )
     with _reading("model", name, path), torch.random.fork_rng(devices=[]):
         if path.is_file():
@@ -352,8 +360,8 @@ def load_causal_lm(name: str, *, dtype: str = "float32", trust_remote_code: bool
             model, found = _transformers().AutoModelForCausalLM.from_pretrained(
                 place,
                 dtype=getattr(torch, dtype),
-                use_safetensors=None if trust_remote_code else True,
-                trust_remote_code=trust_remote_code,
+                use_safetensors=None if trusted else True,
+                trust_remote_code=trusted,
                 output_loading_info=True,
             )
             _refuse_missing(found)
@@ -367,7 +375,7 @@ def load_causal_lm(name: str, *, dtype: str = "float32", trust_remote_code: bool
     model.eval()
     _refuse_not_finite(name, model)
     # Whose code is a stranger's may count its layers.
-    with nullcontext() if trust_remote_code else shortened(model):
+    with nullcontext() if trusted else shortened(model):
         _check_logits(name, model)
     made: nn.Module = model
     return made
@@ -714,7 +722,7 @@ class PretrainedTokenizer:
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called ``bytes``, or that of a model (:func:`find_model`; a folder needs no weights).
 
     Raises :class:`ConfigError` where there is no such model or no tokenizer in its folder, and :class:`DataError` where it
@@ -725,8 +733,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
     if name == "tiny" and name not in MODELS:  # the random model, which no hub has
         raise ConfigError("tokenizer 'tiny': the random model has none of its own; take bytes")
     place = _locate(name)
-    path = Path(place)
-    if path.is_dir() and not trust_remote_code:
+    path, trusted = Path(place), trusts_remote_code()
+    if path.is_dir() and not trusted:
         # Transformers would make one up, from the config's kind of model and an empty vocabulary.
         patterns = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
         if not any(any(path.glob(pattern)) for pattern in patterns):
@@ -739,7 +747,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Tokenizer:
         if path.is_file():
             tokenizer = _gguf_tokenizer(path)
         else:
-            tokenizer = _transformers().AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+            tokenizer = _transformers().AutoTokenizer.from_pretrained(place, trust_remote_code=trusted)
         if tokenizer.is_fast:  # its file may ask for either, which we do ourselves
             tokenizer.backend_tokenizer.no_padding()
             tokenizer.backend_tokenizer.no_truncation()
@@ -897,6 +905,11 @@ def _reading(what: str, name: str, place: Path | None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # tokenizers raises Exception itself, others what they like
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"{what} '{name}': comes with code of its own, which could do all that you can do; type --trust-remote-code "
+                "if you trust who made it, or use another"
+            ) from error
         fix = "get it again, or use another"
         if not local:
             fix = f"check the id and the network, or give a folder, a .gguf file or one of: {', '.join(MODELS)}"

@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -25,7 +25,8 @@ from cl_lab.answers import grade_answers
 from cl_lab.compat import compile_nothing_for_deepspeed
 from cl_lab.config import EngineConfig, TrainingConfig
 from cl_lab.errors import ConfigError, DataError, TrainingError
-from cl_lab.models import Classifier, GrowingHead, channels_last, matching
+from cl_lab.models import Classifier, GrowingHead, channels_last
+from cl_lab.module_paths import named_by
 from cl_lab.records import PAD, Batch, State, Stream, TensorData
 from cl_lab.seeding import generator
 
@@ -252,9 +253,12 @@ class EngineLearner:
                 x = x.to(torch.bfloat16)  # DeepSpeed holds the weights themselves in bf16
             outputs = model(x, batch.t, **how)
         else:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            with self.autocast():
                 outputs = model(x, batch.t, **how)
         return outputs
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         if self._regression:
@@ -304,7 +308,7 @@ class EngineLearner:
         named = {n: p for n, p in model.named_parameters() if n not in self._frozen}
         x = self.prepare_input(rows.x) if rows.raw else rows.x
         with torch.enable_grad(), _still_statistics(model):
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+            with self.autocast():
                 outputs = model(x, rows.t, **({} if rows.raw else {"latent": True}))
             found = torch.autograd.grad(self.loss(outputs, rows), list(named.values()), allow_unused=True)
         return {
@@ -330,21 +334,8 @@ class EngineLearner:
 
     def freeze(self, patterns: Sequence[str]) -> list[str]:
         matched: set[str] = set()
-        there = [n for n, _ in (*self._plain.named_modules(), *self._plain.named_parameters()) if n]
         for pattern in patterns:
-            paths = matching(pattern, there)
-            if not paths:
-                tree = ", ".join(n for n, _ in self._plain.named_modules() if n)
-                raise ConfigError(f"freeze: pattern '{pattern}' matches no module or parameter; the model has: {tree}")
-            below = {
-                name
-                for name, _ in self._plain.named_parameters()
-                for path in paths
-                if name == path or name.startswith(path + ".")
-            }
-            if not below:
-                raise ConfigError(f"freeze: pattern '{pattern}' matches {', '.join(paths)}, which hold no parameter")
-            matched |= below
+            matched |= named_by(self._plain, pattern)
         if not {name for name, _ in self._plain.named_parameters()} - self._frozen - matched:
             raise ConfigError(f"freeze: {', '.join(patterns)} leaves no trainable parameter; freeze fewer modules")
         self._patterns += [p for p in patterns if p not in self._patterns]
@@ -670,6 +661,8 @@ class EngineLearner:
             raise TrainingError("the model has no trainable parameter; freeze fewer modules")
         fused = not self._engine.deepspeed  # one pass over memory instead of one per operation, also on CPU
         if t.optimizer == "sgd":
+            # Torch's fused SGD on a CPU (2.13) leaves most weights of 16 bits where they are.
+            fused = fused and (self.device.type != "cpu" or all(p.dtype == torch.float32 for p in parameters))
             return torch.optim.SGD(parameters, lr=t.lr, momentum=t.momentum, weight_decay=t.weight_decay, fused=fused)
         kind = torch.optim.Adam if t.optimizer == "adam" else torch.optim.AdamW
         return kind(parameters, lr=t.lr, betas=t.betas, weight_decay=t.weight_decay, fused=fused)

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Literal
 
@@ -253,21 +252,6 @@ class Classifier(nn.Module):
     def observe(self, classes: Iterable[int]) -> None:
         """These classes are about to be learnt; call it before their training. Matters to a growing head only."""
         self.head.observe(classes)
-
-
-def matching(pattern: str, paths: Iterable[str]) -> list[str]:
-    """Those of ``paths`` that ``pattern`` names, by structure.
-
-    A pattern is a dotted path whose segments may hold wildcards: ``backbone.layers.0``, ``backbone.layers.[0-3]``,
-    ``*.norm``. Segments are matched one to one, so ``layers.1`` never matches ``layers.10``.
-    """
-    wanted = pattern.split(".")
-    return [
-        path
-        for path in paths
-        if len(parts := path.split(".")) == len(wanted)
-        and all(fnmatchcase(p, w) for p, w in zip(parts, wanted, strict=True))
-    ]
 
 
 def _under(path: str, stages: Sequence[str]) -> bool:

@@ -106,6 +106,10 @@ class Learner(Protocol):
         """A plain copy of the model in evaluation mode on :attr:`device`, free to run backward through (Fisher, MAS, …)."""
         ...
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that :meth:`forward` computes in, for passes of a :meth:`replica` that stand beside its own."""
+        ...
+
     def refresh(self, replica: nn.Module) -> None:
         """Bring a :meth:`replica` up to date in place."""
         ...
@@ -172,6 +176,12 @@ class Strategy:
     """Needs the task label of every sample, also at test time: refuses streams that do not tell it."""
     objectives: ClassVar[frozenset[Objective]] = frozenset({"classification"})
     """What it can learn: refuses streams of another objective. Say regression too where no class is looked at."""
+    instead: ClassVar[Mapping[Objective, str]] = {}
+    """Which strategy does the like for another objective, for the message of that refusal."""
+    renews_parameters: ClassVar[bool] = False
+    """Begins trained parameters anew with each experience, and keeps what they were beside the model."""
+    remembers_parameters: ClassVar[bool] = False
+    """Holds parameters against what the same ones were before: of use to nobody beside one that renews them."""
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:

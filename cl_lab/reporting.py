@@ -152,6 +152,8 @@ _VERDICTS: dict[str, str] = {
     "learns worse than an untrained one)",
     "cannot tell": "it came back, but the same steps teach as much to a model that never knew it (the control)",
     "kept": "it fell by no more than chance may do",
+    "not learnt": "right after it, it was answered no better, beyond chance, than before any training: nothing that it "
+    "taught could be kept or lost",
 }
 _MOST_PANELS = 12
 _NUMBERED_CELLS = 10

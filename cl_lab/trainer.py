@@ -460,6 +460,7 @@ class Trainer:
             return
         with self._timed("eval_seconds"):
             data, size = self._encode(self._probes.data), self.config.evaluation.batch_size
+            data = self._probes.of_newest(data, len(self.record.matrix))
             found = self.learner.log_likelihoods(data, self._probes.said, size, self._predict)
             self.record.drift.append(self._probes.results(found))
 

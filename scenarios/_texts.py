@@ -68,7 +68,8 @@ class Texts:
 class Task:
     """Where a task is: ``digest`` names what lies there, ``read`` reads it. ``kind`` chooses the instruction.
 
-    Two tasks with the same ``identity`` are the same.
+    Two tasks with the same ``identity`` are the same. A kind that was guessed from a name holds for ``labels`` alone, in
+    lower case: whoever calls a file of shoes amazon.csv does not ask for opinions.
     """
 
     name: str
@@ -76,6 +77,13 @@ class Task:
     identity: str
     digest: Callable[[], str]
     read: Callable[[], Texts]
+    labels: frozenset[str] | None = None
+
+    def kind_with(self, labels: Iterable[str] | None) -> str:
+        """Its kind, given all its answers; ``None`` where they are free."""
+        if self.labels is None or (labels is not None and self.labels.issuperset(label.lower() for label in labels)):
+            return self.kind
+        return "default"
 
 
 # -- wording -------------------------------------------------------------------------------------------------------
@@ -96,12 +104,41 @@ INSTRUCTIONS = {
 }
 """The instruction for each kind of task: a folder of CL_Benchmark, or the name of a task."""
 
-_KINDS = {
-    **dict.fromkeys(("agnews", "dbpedia", "yahoo"), "TC"),
-    **dict.fromkeys(("amazon", "yelp", "imdb", "sst-2"), "SC"),
-    **dict.fromkeys(("mnli", "cb", "rte"), "NLI"),
-    **{name.lower(): name for name in INSTRUCTIONS},
+_FOLDERS = ("TC", "SC", "NLI")
+"""The folders of CL_Benchmark that hold several tasks of a kind."""
+
+_STARS = "very negative/negative/neutral/positive/very positive"
+_KNOWN: dict[str, tuple[str, frozenset[str]]] = {
+    name: (kind, frozenset(labels.split("/")))
+    for name, kind, labels in (
+        ("agnews", "TC", "world/sports/business/science or technology"),
+        (
+            "dbpedia",
+            "TC",
+            "company/educational institution/artist/athlete/office holder/mean of transportation/building/natural place/"
+            "village/animal/plant/album/film/written work",
+        ),
+        (
+            "yahoo",
+            "TC",
+            "society & culture/science & mathematics/health/education & reference/computers & internet/sports/"
+            "business & finance/entertainment & music/family & relationships/politics & government",
+        ),
+        ("amazon", "SC", _STARS),
+        ("yelp", "SC", _STARS),
+        ("imdb", "SC", "good/bad/neg/pos"),  # CL_Benchmark's, and the hub's
+        ("sst-2", "SC", "good/bad"),
+        ("mnli", "NLI", "entailment/neutral/contradiction"),
+        ("cb", "NLI", "entailment/neutral/contradiction"),
+        ("rte", "NLI", "entailment/contradiction"),
+        ("qqp", "QQP", "true/false"),
+        ("boolqa", "BoolQA", "true/false"),
+        ("multirc", "MultiRC", "true/false"),
+        ("wic", "WiC", "true/false"),
+        ("copa", "COPA", "a/b"),
+    )
 }
+"""Tasks that are known by name: their kind, and their labels in lower case."""
 
 PLACEHOLDERS = ("instruction", "options", "text", "prompt")
 
@@ -114,10 +151,16 @@ class Template:
     text: str
     instructions: Mapping[str, str] = field(default_factory=lambda: INSTRUCTIONS)
 
-    def instruction(self, task: Task) -> str:
-        """That for the task's name, else for its kind, else the one for all others."""
+    def instruction(self, task: Task, labels: Sequence[str] | None) -> str:
+        """That for the task's name, if the user gives one, else for its kind, else the one for all others."""
         known = {k.lower(): v for k, v in self.instructions.items()}
-        return next((known[k] for k in (task.name.lower(), task.kind.lower(), "default") if k in known), "")
+        named = () if self.instructions is INSTRUCTIONS else (task.name.lower(),)
+        return next((known[k] for k in (*named, task.kind_with(labels).lower(), "default") if k in known), "")
+
+    def wordings(self, task: Task) -> tuple[str, ...]:
+        """Its text, and the instructions that may come into it, whatever the task's labels are."""
+        possible = (self.instruction(task, labels) for labels in (tuple(task.labels or ()), None))
+        return (self.text, *dict.fromkeys(possible))
 
     def around(self, task: Task, labels: Sequence[str] | None) -> tuple[str, str]:
         """What stands before the text, and what behind it. Raises :class:`ConfigError` for options that are not there."""
@@ -126,7 +169,7 @@ class Template:
                 f"template = '{self.name}': lists options, but task '{task.name}' has free answers; use template=plain, or "
                 "leave it out"
             )
-        filled = {"{instruction}": self.instruction(task), "{options}": ", ".join(labels or ())}
+        filled = {"{instruction}": self.instruction(task, labels), "{options}": ", ".join(labels or ())}
         before, _, after = _PLACEHOLDER.sub(lambda m: filled.get(m[0], "\0"), self.text).partition("\0")
         return before, after
 
@@ -161,7 +204,7 @@ def load_template(name: str) -> Template:
 
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"template = '{name}': cannot be read as YAML ({error}); correct it") from error
     if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
         raise ConfigError(
@@ -280,8 +323,11 @@ def _part(folder: Path, part: str) -> Path | None:
     return next((folder / f"{part}{s}" for s in SUFFIXES if (folder / f"{part}{s}").is_file()), None)
 
 
-def _kind(name: str, parent: str = "") -> str:
-    return _KINDS.get(parent.lower(), _KINDS.get(name.lower(), "default"))
+def _kind(name: str, parent: str = "") -> tuple[str, frozenset[str] | None]:
+    """The kind of a task in a folder, and the labels that it holds for; ``None`` for any."""
+    if parent.upper() in _FOLDERS:
+        return parent.upper(), None
+    return _KNOWN.get(parent.lower()) or _KNOWN.get(name.lower()) or ("default", None)
 
 
 def _folder_task(folder: Path) -> Task:
@@ -297,25 +343,33 @@ def _folder_task(folder: Path) -> Task:
         )
     files = [train, test, *([labels] if labels.is_file() else [])]
     folder = folder.resolve()
+    kind, known = _kind(folder.name, folder.parent.name)
     return Task(
         folder.name,
-        _kind(folder.name, folder.parent.name),
+        kind,
         str(folder),
         lambda: digest_of(_bytes(f) for f in files),
         lambda: _read_folder(train, test, labels if labels.is_file() else None),
+        known,
     )
 
 
 def _file_task(path: Path, test_share: float) -> Task:
     if path.suffix not in SUFFIXES:
         raise DataError(f"text-stream: {path}: unknown format '{path.suffix}'; give {', '.join(SUFFIXES)}")
+    kind, known = _kind(path.stem)
     return Task(
         path.stem,
-        _kind(path.stem),
+        kind,
         str(path.resolve()),
-        lambda: digest_of([_bytes(path), repr(test_share)]),
+        lambda: digest_of([_bytes(path), repr(test_share), _DIVISION]),
         lambda: _texts({"train": _Table(str(path), read_table(path))}, test_share=test_share),
+        known,
     )
+
+
+_DIVISION = "whole texts"
+"""Names what :func:`held_out` does: what is kept of files that were divided in another way must not be found."""
 
 
 def digest_of(parts: Iterable[str | bytes]) -> str:
@@ -381,6 +435,12 @@ def _json(path: Path, text: str, line: int = 0) -> Any:
             f"text-stream: {path}, line {line + error.lineno}: broken JSON ({error.msg} at column {error.colno}); correct it"
             f"{', or call it .jsonl' if error.msg == 'Extra data' and not line else ''}"
         ) from error
+    except (RecursionError, ValueError) as error:
+        what = "brackets are nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        raise DataError(
+            f"text-stream: {path}{f', line {line + 1}' if line else ''}: {what} to be read; write rows such as "
+            '{"text": "...", "label": "..."}'
+        ) from None
 
 
 def _json_lines(path: Path, text: str) -> list[tuple[str, Any]]:
@@ -394,7 +454,8 @@ def _csv(path: Path, text: str) -> list[tuple[str, Any]]:
     # The module's limit for a field is 131,072 characters, for all that read tables in this process: it is put back.
     usual = csv.field_size_limit(max(len(text), 1))
     try:
-        header = [name for name in reader.fieldnames or () if name.strip()]
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        header = [name for name in reader.fieldnames if name]
         if twice := next((name for name in header if header.count(name) > 1), None):
             raise DataError(f"text-stream: {path}: column '{twice}' is there twice; rename one of them")
         rows = [(f"line {reader.line_num}", row) for row in reader]
@@ -402,7 +463,7 @@ def _csv(path: Path, text: str) -> list[tuple[str, Any]]:
         raise DataError(f"text-stream: {path}, line {reader.line_num}: broken CSV ({error}); correct it") from error
     finally:
         csv.field_size_limit(usual)
-    known = len(reader.fieldnames or ())
+    known = len(reader.fieldnames)
     for place, row in rows:
         if short := sum(value is None for value in row.values()):  # what DictReader puts where a line ends early
             raise DataError(
@@ -472,9 +533,10 @@ def _texts(
         places = np.array([place_of(row.text) for row in parts["train"]])
         groups = np.array([0 if labels is None else labels.index(row.answer) for row in parts["train"]])
         held = held_out(places, groups, test_share)
-        if not held.any():
+        if held.all() or not held.any():
             raise DataError(
-                f"text-stream: {tables['train'].name}: too few rows ({len(held)}) to hold some out for testing; add more"
+                f"text-stream: {tables['train'].name}: too few {how_many(places, 'rows')} to hold some out for testing; add "
+                "more"
             )
         both = parts["train"]
         parts = {p: [row for row, h in zip(both, held, strict=True) if h == (p == "test")] for p in ("train", "test")}
@@ -497,7 +559,7 @@ def _empty(table: _Table) -> DataError:
 
 
 def _lacking(table: _Table, place: str, row: Any, needed: str) -> DataError:
-    has = f"columns {', '.join(str(c) for c in row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+    has = f"columns {', '.join(repr(c) for c in row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
     return DataError(f"text-stream: {table.name}, {place}: has {has}; needs {needed}; name the columns so")
 
 
@@ -522,18 +584,39 @@ def _clean(text: str) -> str:
 
 
 def held_out(places: npt.NDArray[np.float64], groups: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.bool_]:
-    """Which rows are held out, bool ``[N]``: those whose place in [0, 1) is below ``share``.
+    """Which rows are held out, bool ``[N]``: those whose place in [0, 1) is below ``share``. One place is one text.
 
-    Of each group of two rows or more, at least one is held out, and one is not: those nearest to the share.
+    Rows of one text stay together. Of a group with repeats, as many rows are held out as it has texts below ``share``, and
+    that share of the repeats: whole texts by their places, without those that would be too many, and one more where that
+    comes nearer. Of each group of two texts or more, at least one is held out, and one is not: of the lightest the one
+    nearest to the share. A text of several groups goes with the first.
     """
-    held = places < share
+    texts, of = np.unique(places, return_inverse=True)
+    side = np.zeros(len(texts), np.int8)  # 1 is held out, −1 is not, 0 is still open
     for group in np.unique(groups):
-        rows = np.flatnonzero(groups == group)
-        if len(rows) > 1 and held[rows].all():
-            held[rows[places[rows].argmax()]] = False
-        elif len(rows) > 1 and not held[rows].any():
-            held[rows[places[rows].argmin()]] = True
-    return held
+        own, rows = np.unique(of[groups == group], return_counts=True)
+        open_, held = side[own] == 0, side[own] == 1
+        wanted = np.count_nonzero(texts[own] < share) + share * (rows.sum() - len(own))
+        room = wanted - rows[held].sum()
+        while len(fitting := np.flatnonzero(open_ & ~held & (rows <= room))):
+            taken = fitting[: np.searchsorted(rows[fitting].cumsum(), room, "right")]
+            held[taken] = True
+            room -= rows[taken].sum()
+        if len(left := np.flatnonzero(open_ & ~held)):
+            lightest = left[rows[left].argmin()]
+            held[lightest] = rows[lightest] - room < room
+        if len(own) > 1 and open_.any() and held.all() == held.any():
+            lightest = np.flatnonzero(open_ & (rows == rows[open_].min()))[-1 if held.all() else 0]
+            held[lightest] = not held[lightest]
+        side[own] = np.where(held, 1, -1)
+    of_rows: npt.NDArray[np.bool_] = side[of] == 1
+    return of_rows
+
+
+def how_many(places: npt.NDArray[np.float64], rows: str) -> str:
+    """How many rows there are, and how many texts where some come again: ``rows (3)``."""
+    texts = len(np.unique(places))
+    return f"{rows} ({len(places)})" if texts == len(places) else f"different texts ({texts} in {len(places)} {rows})"
 
 
 # -- the hub -------------------------------------------------------------------------------------------------------
@@ -546,10 +629,11 @@ def _hub_task(name: str, test_share: float) -> Task:
 
     def digest() -> str:
         rows = (json.dumps(row, default=str).encode() for t in load().values() for _, row in t.rows)
-        return digest_of([digest_of(rows), ",".join(load()), repr(test_share)])
+        return digest_of([digest_of(rows), ",".join(load()), repr(test_share), _DIVISION])
 
     short = identifier.rpartition("/")[2]
-    return Task(short, _kind(short), name, digest, lambda: _texts(load(), test_share=test_share))
+    kind, known = _kind(short)
+    return Task(short, kind, name, digest, lambda: _texts(load(), test_share=test_share), known)
 
 
 def _load_hub(name: str, identifier: str, configuration: str | None) -> dict[str, _Table]:

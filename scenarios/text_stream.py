@@ -24,7 +24,7 @@ from cl_lab.seeding import generator, permutation
 from . import _cache
 from ._orders import limit_rows
 from ._styles import STYLES, Restyled, answers_of, restyle
-from ._texts import ORDERS, TEMPLATES, Row, Task, Template, Texts, find_tasks, held_out, load_template
+from ._texts import ORDERS, TEMPLATES, Row, Task, Template, Texts, find_tasks, held_out, how_many, load_template
 from ._tokens import ragged, space_between, tokens_behind
 from .image_folder import place_of
 
@@ -47,8 +47,9 @@ class TextStream(Scenario):
     ``hub:<id>``. Its rows are ``{sentence, label}`` (``text`` for ``sentence``), with the labels that may be answered in
     ``labels.json``, or ``{prompt, answer}`` with free answers (with a fixed set where there is a ``labels.json``). A file
     is divided by ``test_share``: a row is held out when the SHA-256 of its text, as a number in [0, 1), is below it. Rows
-    labelled ``-`` (MNLI) have no right answer and are left out. ``toy-colours`` and ``toy-sizes`` are made up, for trying
-    things out.
+    with the same text stay together, on the side that brings the share of the rows nearer to what is asked. Rows labelled
+    ``-`` (MNLI) have no right answer and are left out. ``toy-colours`` and ``toy-sizes`` are made up, for trying things
+    out.
 
     The prompt is worded by a template: ``options`` (an instruction for the kind of task, the options, the text, "Answer:"),
     ``answer`` (the text, "Answer:"), ``plain`` (the text as it is), or a YAML file with ``prompt: "…{instruction}…{options}
@@ -97,10 +98,14 @@ class TextStream(Scenario):
         "tasks without labels, or by task: {MeetingBank: rouge-l}",
     )
     train_samples: int | None = knob(
-        None, "training rows per task, equally many of each label, drawn with the run's seed; null: all", ge=1
+        None,
+        "training rows per task, by the run's seed: equally many of each label, free answers as they are; null: all",
+        ge=1,
     )
     test_samples: int | None = knob(
-        None, "test rows per task, equally many of each label, the same for every seed; null: all", ge=1
+        None,
+        "test rows per task, the same for every seed: equally many of each label, free answers as they are; null: all",
+        ge=1,
     )
     max_prompt: int = knob(128, "tokens of a prompt; of longer ones the middle of the text is left out", ge=1)
     max_answer: int = knob(32, "tokens of an answer, its end included; free answers that are longer are cut", ge=2)
@@ -123,7 +128,6 @@ class TextStream(Scenario):
     order_seed: int | None = knob(None, "seed of the order of tasks; null: the run's seed", ge=0)
     online: bool = knob(False, "one pass: each sample is seen once")
     boundaries: bool | None = knob(None, "tell strategies where an experience ends; null: unless online")
-    trust_remote_code: bool = knob(False, "run code that comes with the tokenizer; it can do all that you can do")
     data_dir: str | None = knob(
         None, "folder searched first; then $CL_LAB_DATA, ~/.cache/cl-lab/data ($CL_LAB_CACHE), /usr/share/datasets"
     )
@@ -171,7 +175,7 @@ class TextStream(Scenario):
 
         tasks = find_tasks(self._names(), self.data_dir, self.test_share)
         asked = self._asked(tasks)
-        tokenizer = load_tokenizer(self.tokenizer, trust_remote_code=self.trust_remote_code)
+        tokenizer = load_tokenizer(self.tokenizer)
         if self.shuffle_tasks:
             order = permutation(len(tasks), seed if self.order_seed is None else self.order_seed, "tasks")
             tasks, asked = ([some[i] for i in order.tolist()] for some in (tasks, asked))
@@ -186,7 +190,9 @@ class TextStream(Scenario):
         measures = self._measures(sets, asked)
         used = _PARTS if self.holdout is None else ("train",)
         self._tell(sets, used)
-        chosen = [self._chosen(one, seed) for one in sets]
+        sides = [self._sides(one) for one in sets]
+        _tell_one_sided(sets, sides)
+        chosen = [self._chosen(one, rows, seed) for one, rows in zip(sets, sides, strict=True)]
         answers: dict[_Answer, int] = {}
         outputs = [
             _outputs(one, rows.values(), answers, compared=measure != "exact")
@@ -280,7 +286,7 @@ class TextStream(Scenario):
                 made.append(None)
                 continue
             own = [texts.train[i] for i in rows.numbers.tolist()]
-            instruction = self._templates()[0].instruction(task)
+            instruction = self._templates()[0].instruction(task, texts.labels)
             again = restyle([row.answer for row in own], texts.labels, instruction, self.style_mix, seed, task.name)
             made.append(self._style(task, texts.labels, again, [own[a.number].text for a in again], tokenizer))
         if not any(made):
@@ -324,7 +330,7 @@ class TextStream(Scenario):
     def _tokens(self, task: Task, tokenizer: Tokenizer) -> Arrays:
         """All rows of a task in tokens, from the cache or made now."""
         templates = self._templates()
-        wording = [(t.text, t.instruction(task)) for t in templates]
+        wording = [t.wordings(task) for t in templates]
         key = _cache.key_of(
             repr(part)
             for part in (
@@ -347,24 +353,31 @@ class TextStream(Scenario):
 
         return _cache.arrays(cache_root() / "tokens" / f"text-stream-{key}", _ARRAYS, fill)
 
-    def _chosen(self, one: _TokenSet, seed: int) -> dict[str, _Rows]:
-        """What is trained on and what is tested on; with a hold-out, both are training rows."""
-        chosen = {part: _Rows(part, torch.arange(len(one.arrays[f"{part}_y"]))) for part in _PARTS}
-        if self.holdout is not None:
-            y = one.arrays["train_y"]
-            groups = y if one.fact("labelled") else np.zeros_like(y)
-            held = torch.from_numpy(held_out(one.arrays["train_place"], groups, self.holdout))
-            chosen = {p: _Rows("train", (held == (p == "test")).nonzero().flatten()) for p in _PARTS}
-            if not len(chosen["test"].numbers):
-                raise DataError(
-                    f"holdout = {self.holdout}: task '{one.name}' has too few training rows ({len(y)}); add more, or leave "
-                    "it out"
-                )
+    def _sides(self, one: _TokenSet) -> dict[str, _Rows]:
+        """All that may be trained on and tested on; with a hold-out, both are training rows."""
+        if self.holdout is None:
+            return {part: _Rows(part, torch.arange(len(one.arrays[f"{part}_y"]))) for part in _PARTS}
+        y, places = one.arrays["train_y"], one.arrays["train_place"]
+        groups = y if one.fact("labelled") else np.zeros_like(y)
+        held = torch.from_numpy(held_out(places, groups, self.holdout))
+        if held.all() or not held.any():
+            raise DataError(
+                f"holdout = {self.holdout}: task '{one.name}' has too few {how_many(places, 'training rows')}; add more, or "
+                "leave it out"
+            )
+        return {p: _Rows("train", (held == (p == "test")).nonzero().flatten()) for p in _PARTS}
+
+    def _chosen(self, one: _TokenSet, sides: Mapping[str, _Rows], seed: int) -> dict[str, _Rows]:
+        """What is trained on and what is tested on, of the rows on either side."""
+        chosen = dict(sides)
         # Every seed is measured on the same samples.
         for part, limit, drawn in (("train", self.train_samples, seed), ("test", self.test_samples, 0)):
             if limit is not None:
                 rows, draw = chosen[part], generator(drawn, f"{part}_samples", one.name)
-                chosen[part] = _Rows(rows.part, limit_rows(rows.numbers, one.labels(rows), limit, draw))
+                labels = one.labels(rows)
+                if not one.fact("labelled"):  # equally many of each would be nearly as many rare ones as common ones
+                    labels = torch.zeros_like(labels)
+                chosen[part] = _Rows(rows.part, limit_rows(rows.numbers, labels, limit, draw))
         return chosen
 
     def _tell(self, sets: Sequence[_TokenSet], used: Sequence[str]) -> None:
@@ -390,6 +403,28 @@ class TextStream(Scenario):
         dropped = ", ".join(f"{one.name} {n}" for one in sets if (n := one.fact("dropped")))
         if dropped:
             log.warning("text-stream: rows labelled '-', which have no right answer, were left out: %s", dropped)
+
+
+def _tell_one_sided(sets: Sequence[_TokenSet], sides: Sequence[Mapping[str, _Rows]]) -> None:
+    """Log which labels are learnt and never asked for, or asked for and never learnt."""
+    lacking: dict[str, list[str]] = {"test": [], "training": []}
+    for one, rows in zip(sets, sides, strict=True):
+        if one.fact("labelled"):
+            train, test = (one.labels(rows[part]).unique().numpy() for part in _PARTS)
+            for part, only in (("test", np.setdiff1d(train, test)), ("training", np.setdiff1d(test, train))):
+                if len(only):
+                    more = f" and {len(only) - _NAMED} more" if len(only) > _NAMED else ""
+                    lacking[part].append(f"{one.name} ({', '.join(map(one.text, only[:_NAMED].tolist()))}{more})")
+    for part, told in lacking.items():
+        if told:
+            log.warning(
+                "text-stream: labels without %s rows: %s; add rows with other texts, or leave these labels out",
+                part,
+                ", ".join(told),
+            )
+
+
+_NAMED = 3  # labels of a task in a message
 
 
 def describe_row(stream: Stream, tokenizer: Tokenizer, x: Tensor) -> tuple[str, str]:

@@ -27,11 +27,12 @@ class PastAdapters(Strategy):
     each layer, as two products whatever its number of adapters, and sees the layer's input without dropout.
 
     An adapter that another strategy froze stays as it is. With ``training.optimizer_state: fresh`` (the default) the new
-    adapter starts with empty moments; ``kept`` would let the moments of the old one move it. Nor does a pull on parameters
-    (``si``) in the same chain know that the parameters it remembers belonged to another adapter.
+    adapter starts with empty moments; ``kept`` would let the moments of the old one move it. A strategy that remembers
+    where parameters were (``ewc``, ``si``) is refused beside it: they belonged to another adapter.
     """
 
     needs_boundaries: ClassVar[bool] = True
+    renews_parameters: ClassVar[bool] = True
     objectives: ClassVar[frozenset[Objective]] = frozenset({"language"})
 
     # Adapters of the past by path of their layer, on the CPU as they were trained: A [Σr, inputs], B [outputs, Σr].

@@ -18,7 +18,8 @@ _IMPOSSIBLE = -1e30  # in place of -inf, whose differences are NaN; softmax make
 class Teacher:
     """A copy of the model as it stood when :meth:`take` was called; false before that.
 
-    Its state leaves out what was not trained then: it is, and stays, that of the model itself.
+    Its state leaves out what was not trained then: it is, and stays, that of the model itself. It computes in the model's
+    own precision, or equal weights would give other answers.
     """
 
     def __init__(self) -> None:
@@ -73,7 +74,10 @@ class Teacher:
         """Its logits ``[B, n_classes]``, in evaluation mode; with ``buffers`` in place of its own for this once."""
         own = self._ready(learner)
         x, how = (learner.prepare_input(batch.x), {}) if batch.raw else (batch.x, {"latent": True})
-        logits: Tensor = functional_call(own, dict(buffers), (x, batch.t), how) if buffers else own(x, batch.t, **how)
+        with learner.autocast():
+            logits: Tensor = (
+                functional_call(own, dict(buffers), (x, batch.t), how) if buffers else own(x, batch.t, **how)
+            )
         return logits.float()
 
     def outputs_and_features(self, batch: Batch, learner: Learner) -> tuple[Tensor, Tensor]:
@@ -94,6 +98,8 @@ class Teacher:
     def _ready(self, learner: Learner) -> nn.Module:
         if self._module is None:
             made = self._make(learner)
+            # What has been frozen since it was taken is its own, and stands in the checkpoint.
+            self._given -= self._restored.keys()
             made.load_state_dict(self._restored, strict=not self._given)
             self._exact = {
                 name: held.to(p.device, copy=True)

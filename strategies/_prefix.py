@@ -10,6 +10,7 @@ import weakref
 from typing import IO, Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -53,7 +54,8 @@ class PrefixCache:
 
     @torch.no_grad()
     def _made(self, x: Tensor, learner: Learner) -> Tensor:
-        h: Tensor = self._encoder.latents(learner.prepare_input(x))[0]
+        with learner.autocast():
+            h: Tensor = self._encoder.latents(learner.prepare_input(x))[0]
         return h.float().cpu()
 
     def _keep(self, name: bytes, h: Tensor) -> None:
@@ -64,6 +66,12 @@ class PrefixCache:
 
     def _grow(self, rows: int, shape: torch.Size) -> None:
         if not self._on_disk:
+            needed, free = (rows - len(self)) * math.prod(shape) * 4, psutil.virtual_memory().available
+            if needed > free:
+                raise ConfigError(
+                    f"freeze: cache = 'memory': room for {rows} samples takes {needed / 2**30:.1f} GiB more but "
+                    f"{free / 2**30:.1f} GiB are free; set cache=disk, or cache=none"
+                )
             grown = torch.empty(rows, *shape)
             grown[: len(self)] = self._rows.view(-1, *shape)
             self._rows = grown

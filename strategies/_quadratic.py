@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ class QuadraticPull(Strategy):
 
     Its gradient ``s A (θ − θ̄)`` is added between backward and step; elementwise, so the same under every engine.
     """
+
+    remembers_parameters: ClassVar[bool] = True
 
     _precision: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # A
     _anchor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # θ̄

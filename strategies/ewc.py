@@ -75,7 +75,7 @@ class EWC(QuadraticPull):
         self._place(learner.device)
         for name, theta in learner.parameters().items():
             new = fisher[name].to(theta.device)
-            theta = theta.clone()
+            theta = theta.to(torch.float32, copy=True)  # sums and means of 16 bits would round most of it away
             old = self._precision.get(name)
             if old is None:
                 self._precision[name], self._anchor[name] = new, theta
@@ -117,6 +117,7 @@ class EWC(QuadraticPull):
         summed: dict[str, Tensor] = {}
         for rows in places:
             for name, g in learner.gradients_of(data.batch(rows)).items():
+                g = g.float()
                 summed[name] = summed[name].addcmul_(g, g) if name in summed else g.square()
         return {n: v / len(places) for n, v in summed.items()}
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from cl_lab.errors import ConfigError
 from cl_lab.knobs import knob
+from cl_lab.module_paths import named_by
 from cl_lab.protocols import Learner, Strategy
 from cl_lab.records import OBJECTIVES, Batch, Experience, Objective, State, Stream
 
@@ -75,6 +76,8 @@ class Freeze(Strategy):
         self._patterns = list(self.modules)
         if self.layers or self.embeddings:
             self._patterns += self._bottom(model)
+        for pattern in self.modules:  # a misspelt path is told now, not where the first experience has been learnt
+            named_by(model, pattern)
         return model
 
     def _bottom(self, model: Any) -> list[str]:

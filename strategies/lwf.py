@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from cl_lab.knobs import knob
 from cl_lab.protocols import Learner, Strategy
-from cl_lab.records import Batch, Experience, State, Stream
+from cl_lab.records import Batch, Experience, Objective, State, Stream
 
 from ._distillation import Teacher, Unmasked, divergence
 
@@ -33,6 +34,7 @@ class LwF(Strategy):
     """
 
     needs_boundaries: ClassVar[bool] = True
+    instead: ClassVar[Mapping[Objective, str]] = {"language": "kl"}
 
     strength: float = knob(1.0, doc="λ, the weight of the distillation", ge=0)
     temperature: float = knob(2.0, doc="T, which softens both distributions", gt=0)

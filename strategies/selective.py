@@ -25,8 +25,9 @@ class Selective(Strategy):
     written by the down projection and what reads the stream decide how far the output distribution moves. Norms,
     embeddings and head are frozen, too.
 
-    A part is known by a segment of its path (``self_attn``; ``gate_proj``), never by a piece of one. Of a model with
-    low-rank adapters those in the part are trained.
+    A part is known by a segment of its path (``self_attn``; ``gate_proj``), never by a piece of one, and is what has a
+    matrix: the norms of queries and keys that some attention holds are norms. Of a model with low-rank adapters those in the
+    part are trained.
     """
 
     objectives: ClassVar[frozenset[Objective]] = frozenset({"language"})
@@ -35,13 +36,19 @@ class Selective(Strategy):
     part: Literal["attention", "gate-up"] = knob("attention", doc="what is trained: self-attention, or gate and up")
 
     def before_experience(self, experience: Experience, learner: Learner) -> None:
-        there = list(learner.parameters())
-        others = [name for name in there if _PARTS[self.part].isdisjoint(name.split("."))]
+        there = learner.parameters()
+        matrices = {_owner(name) for name, p in there.items() if p.dim() > 1}
+        others = [n for n in there if _PARTS[self.part].isdisjoint(n.split(".")) or _owner(n) not in matrices]
         if len(others) == len(there):
             names = " or ".join(sorted(_PARTS[self.part]))
             raise ConfigError(
                 f"selective: part = '{self.part}': nothing that is trained lies in {names}; choose the other part, or "
-                f"adapters in this one (model.lora_targets); trained is {there[0]} and {len(there) - 1} more"
+                f"adapters in this one (model.lora_targets); trained is {next(iter(there))} and {len(there) - 1} more"
             )
         if others:  # once: what is frozen is no longer among the parameters, in a resumed run either
             learner.freeze(others)
+
+
+def _owner(name: str) -> str:
+    """The module that a parameter belongs to."""
+    return name.rpartition(".")[0]

@@ -51,7 +51,7 @@ class SI(QuadraticPull):
 
     def before_experience(self, experience: Experience, learner: Learner) -> None:
         if not self._anchor:
-            self._anchor = {n: p.clone() for n, p in learner.parameters().items()}
+            self._anchor = {n: p.to(torch.float32, copy=True) for n, p in learner.parameters().items()}
 
     def adjust_gradients(self, learner: Learner) -> None:
         parameters = learner.parameters()
@@ -60,7 +60,9 @@ class SI(QuadraticPull):
             self._moving = list(gradients)
             for name, gradient in gradients.items():
                 if name not in self._gradient:
-                    self._gradient[name], self._before[name] = torch.empty_like(gradient), torch.empty_like(gradient)
+                    # In 32 bits, whatever the weights are held in: sums of many small terms.
+                    exact = torch.empty_like(gradient, dtype=torch.float32)
+                    self._gradient[name], self._before[name] = exact, torch.empty_like(exact)
                 self._gradient[name].copy_(gradient)
                 self._before[name].copy_(parameters[name])
             if self._precision and self.strength > 0:
@@ -77,11 +79,11 @@ class SI(QuadraticPull):
     def after_experience(self, experience: Experience, learner: Learner) -> None:
         self._place(learner.device)
         for name, theta in learner.parameters().items():
-            total = self._precision.get(name, torch.zeros_like(theta))
+            total = self._precision.get(name, torch.zeros_like(theta, dtype=torch.float32))
             if name in self._path:
                 total = total + self._path[name] / ((theta - self._anchor[name]).square() + self.damping)
             self._precision[name] = total.clamp_(min=0)
-            self._anchor[name] = theta.clone()
+            self._anchor[name] = theta.to(torch.float32, copy=True)
         self._path.clear()
 
     def _place(self, device: torch.device) -> None:

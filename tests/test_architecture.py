@@ -22,6 +22,7 @@ LAYERS = [
         "cl_lab.knobs",
         "cl_lab.environment",
         "cl_lab.adapters",
+        "cl_lab.module_paths",
         "cl_lab.subjects",
     },
     {
@@ -78,6 +79,7 @@ LEAVES = {
     "cl_lab.files",
     "cl_lab.hub",
     "cl_lab.knobs",
+    "cl_lab.module_paths",
     "cl_lab.names",
     "cl_lab.patches",
     "cl_lab.probe_texts",

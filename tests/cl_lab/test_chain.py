@@ -146,6 +146,24 @@ def test_a_loss_is_replaced_before_it_is_scaled(replacing: str) -> None:
     assert not toys.differing(*weights)
 
 
+@pytest.mark.parametrize("renewing", ["lora-inc", "olora", "reglora", "lora-merge"])
+@pytest.mark.parametrize("remembering", [{"name": "ewc", "fisher": "batched"}, {"name": "si"}])
+def test_what_is_begun_anew_is_not_held_to_what_it_was(renewing: str, remembering: dict[str, Any]) -> None:
+    links = [{"name": renewing}, remembering]
+    for order in (links, links[::-1]):
+        with pytest.raises(
+            ConfigError, match=f"{renewing} begins adapters anew .* what {remembering['name']} remembers"
+        ):
+            toys.trainer(order, toys.stream(form="texts"), model={"name": "causal-lm", "weights": "tiny"})
+
+
+def test_a_refusal_names_the_strategys_like() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'lwf' learns classification only, .* is a language; take kl, its like there"
+    ):
+        toys.trainer([{"name": "lwf"}], toys.stream(form="texts"), model={"name": "causal-lm", "weights": "tiny"})
+
+
 def test_one_loss_is_put_in_place_of_the_training_loss() -> None:
     with pytest.raises(ConfigError, match=r"^strategy chain: icarl and er-ace both put a loss of their own in place"):
         toys.trainer([{"name": "icarl", "memory": 20}, {"name": "er-ace", "memory": 20}], toys.stream())

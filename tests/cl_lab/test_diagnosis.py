@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -15,10 +16,10 @@ import torch
 import toys
 from torch import Tensor
 
-from cl_lab import checkpoint, diagnosis, experiment, registry, reporting
+from cl_lab import checkpoint, diagnosis, experiment, registry, reporting, seeding
 from cl_lab.adapters import AdaptedLayer, LowRank
 from cl_lab.errors import CheckpointError, ConfigError, TrainingError, UserError
-from cl_lab.records import Batch
+from cl_lab.records import Batch, Experience, TensorData
 from cl_lab.trainer import Silent
 
 KEPT = {"experiences": True}
@@ -49,22 +50,34 @@ def without_features(weights: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("original", "forgotten", "recovered", "control", "ratio", "said"),
+    ("before", "original", "forgotten", "recovered", "control", "ratio", "said"),
     [
-        (0.9, 0.1, 0.85, 0.2, 0.9375, "alignment lost"),
-        (0.9, 0.1, 0.6, 0.2, 0.625, "partly"),
-        (0.9, 0.1, 0.2, 0.1, 0.125, "knowledge lost"),
-        (0.9, 0.1, 0.2, 0.9, 0.125, "knowledge lost"),
-        (0.9, 0.1, 0.85, 0.84, 0.9375, "cannot tell"),
-        (0.9, 0.85, 0.9, 0.2, None, "kept"),  # 0.05 of 100 rows: two standard errors are 0.093
-        (0.5, 0.9, 0.9, 0.2, None, "kept"),
-        (1.0, 1.0, 1.0, 1.0, None, "kept"),
+        (0.1, 0.9, 0.1, 0.85, 0.2, 0.9375, "alignment lost"),
+        (0.1, 0.9, 0.1, 0.6, 0.2, 0.625, "partly"),
+        (0.1, 0.9, 0.1, 0.2, 0.1, 0.125, "knowledge lost"),
+        (0.1, 0.9, 0.1, 0.2, 0.9, 0.125, "knowledge lost"),
+        (0.1, 0.9, 0.1, 0.85, 0.84, 0.9375, "cannot tell"),
+        (0.1, 0.9, 0.85, 0.9, 0.2, None, "kept"),  # 0.05 of 100 rows: two standard errors are 0.093
+        (0.1, 0.5, 0.9, 0.9, 0.2, None, "kept"),
+        (0.0, 1.0, 1.0, 1.0, 1.0, None, "kept"),
+        (0.0, 0.0, 0.0, 0.9, 0.9, None, "not learnt"),
+        (0.0, 0.0, 0.3, 0.9, 0.9, None, "not learnt"),  # what came later is no memory of it
+        (0.5, 0.6, 0.55, 0.9, 0.9, None, "not learnt"),  # 0.1 of 100 rows: two standard errors are 0.140
+        (0.5, 0.65, 0.6, 0.9, 0.9, None, "kept"),  # 0.15: they are 0.138
+        (0.9, 0.5, 0.45, 0.9, 0.9, None, "not learnt"),
+        (0.9, 0.9, 0.1, 0.2, 0.9, 0.125, "knowledge lost"),  # known before, and lost since
     ],
 )
 def test_verdict(
-    original: float, forgotten: float, recovered: float, control: float, ratio: float | None, said: str
+    before: float,
+    original: float,
+    forgotten: float,
+    recovered: float,
+    control: float,
+    ratio: float | None,
+    said: str,
 ) -> None:
-    found, word = diagnosis.verdict(original, forgotten, recovered, control, 100, 0.8)
+    found, word = diagnosis.verdict(before, original, forgotten, recovered, control, 100, 0.8)
     assert word == said
     assert found == (None if ratio is None else pytest.approx(ratio))
 
@@ -115,6 +128,45 @@ def test_what_the_steps_teach_by_themselves_proves_nothing(tmp_path: Path) -> No
     assert found["verdict"] == "cannot tell"
 
 
+def test_what_was_never_learnt_is_not_kept(tmp_path: Path) -> None:
+    """Task 0 changed no weight; the newest weights are those too, then such as came to answer it later."""
+    folder = tmp_path / "run"
+    ran(folder, training={"epochs": 6}, checkpoint={**KEPT, "weights_at": [4]})
+
+    def says_later(weights: dict[str, Tensor]) -> None:
+        weights["head.linear.bias"][2:] += 50
+
+    trained = checkpoint.load_weights(folder / "weights" / "1.safetensors")
+    changed(folder, 0, says_later)
+    for n in (1, 2):
+        changed(folder, n, lambda _: None, source=0)
+    document = diagnosis.diagnose(folder, steps=5)
+    task = document["tasks"][0]
+    assert [task[k] for k in ("before", "original", "forgotten", "ratio")] == [0, 0, 0, None]
+    assert task["verdict"] == "not learnt"
+    assert [point["ratio"] for point in task["along"]] == [None, None]
+    text = reporting.write_again(folder).read_text()
+    for said in (text, (folder / "report.md").read_text()):
+        assert "of 1 old task 1 not learnt" in said
+        assert "Not learnt: right after it, it was answered no better" in said
+
+    checkpoint.save_weights(folder / "weights" / "2.safetensors", trained)
+    task = diagnosis.diagnose(folder, steps=5)["tasks"][0]
+    assert (task["before"], task["original"], task["forgotten"]) == (0, 0, 1)
+    assert task["verdict"] == "not learnt", "what it can do by now it did not learn there"
+
+
+def test_diagnoses_of_before_are_reported(tmp_path: Path) -> None:
+    """Older documents do not say what was answered before any training."""
+    folder = tmp_path / "run"
+    ran(folder)
+    document = diagnosis.diagnose(folder, steps=5)
+    for task in document["tasks"]:
+        del task["before"], task["along"]
+    (folder / "diagnosis.json").write_text(json.dumps(document))
+    assert document["tasks"][0]["verdict"] in reporting.write_again(folder).read_text()
+
+
 def test_scores_are_the_runs_own_and_nothing_else_is_touched(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ran(folder, toy={"experiences": 3}, evaluation={"every_steps": 4})
@@ -124,6 +176,7 @@ def test_scores_are_the_runs_own_and_nothing_else_is_touched(tmp_path: Path) -> 
     text = (folder / "diagnosis.json").read_text()
     assert json.loads(text) == first
     for task, j in zip(first["tasks"], range(2), strict=True):
+        assert task["before"] == run["initial"][j]
         assert task["original"] == run["matrix"][j][j]
         assert task["forgotten"] == run["matrix"][-1][j]
         assert task["newest"]["before"] == run["matrix"][-1][-1]
@@ -265,6 +318,44 @@ def test_groups_are_people() -> None:
         assert {len(rows) for rows in of.values()} == {6}, "six questions about each"
         shared = [set.intersection(*(set(row.tolist()) for row in rows)) for rows in of.values()]
         assert len({frozenset(s) for s in shared}) == len(shared), "each has the words of a name that no other has"
+
+
+def experience(rows: list[list[int]], groups: list[int] | None = None) -> Experience:
+    x = torch.tensor(rows, dtype=torch.int32)
+    data = TensorData(x, torch.zeros(len(x), dtype=torch.int64), torch.zeros(len(x), dtype=torch.int64))
+    given = None if groups is None else torch.tensor(groups)
+    return Experience(3, "made", [0], lambda: data, lambda: data, groups=given)
+
+
+def test_halves_share_no_row() -> None:
+    made = experience([[i // 4, 7] for i in range(80)])
+    assert diagnosis._mostly_within(made.test, made.train)
+    a, b = diagnosis._halves(made, 0.5, seed=0)
+    assert (len(a), len(b)) == (40, 40)
+    assert not set(map(tuple, a.x.tolist())) & set(map(tuple, b.x.tolist()))
+    with pytest.raises(UserError, match="leaves nothing on one side of the 1 parts"):
+        diagnosis._halves(experience([[5, 5]] * 6), 0.5, seed=0)
+
+
+def test_people_who_share_a_row_stay_together() -> None:
+    made = experience([[0], [1], [1], [2], [3], [0], [4], [2], [5]], [9, 9, 4, 4, 7, 7, 2, 3, 3])
+    assert made.groups is not None
+    merged = diagnosis._together(made.groups, made.test.x)
+    # 9 and 4 share [1], 9 and 7 share [0], 4 and 3 share [2]; whoever is 2 shares nothing.
+    assert merged.tolist() == [3, 3, 3, 3, 3, 3, 2, 3, 3]
+    a, b = diagnosis._halves(made, 0.5, seed=0)
+    assert sorted((len(a), len(b))) == [1, 8]
+
+
+@pytest.mark.parametrize("groups", [None, [5, 5, 5, 1, 1, 0, 0, 0, 3, 3, 8, 8]])
+def test_halves_without_equal_rows_are_drawn_as_ever(groups: list[int] | None) -> None:
+    made = experience([[i] for i in range(12)], groups)
+    of = torch.arange(12) if groups is None else torch.tensor(groups)
+    there = of.unique()
+    drawn = there[seeding.permutation(len(there), 11, "diagnose", "half", 3)][: round(0.4 * len(there))]
+    a, b = diagnosis._halves(made, 0.4, seed=11)
+    assert a.x.flatten().tolist() == torch.isin(of, drawn).nonzero().flatten().tolist()
+    assert sorted([*a.x.flatten().tolist(), *b.x.flatten().tolist()]) == list(range(12))
 
 
 # --- label mass ---------------------------------------------------------------------------------------------------------
@@ -416,6 +507,67 @@ def test_frozen_prefix(tmp_path: Path) -> None:
     document = diagnosis.diagnose(tmp_path / "run", steps=3)
     assert document["updates"]["layers"] == ["model.layers.1", "model.norm"]
     assert document["tasks"][0]["original"] == run["matrix"][0][0]
+
+
+PROMPTED: dict[str, Any] = {
+    "toy": {"experiences": 3, "form": "texts", "scoring": "first-token"},
+    "model": {"name": "causal-lm", "weights": "tiny", "adapt": "full"},
+    "training": {"lr": 0.05, "optimizer": "adam", "epochs": 1},
+}
+
+
+def test_a_pool_of_soft_prompts(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    strategy = {"name": "l2p", "pool": 6, "length": 2, "top": 2}
+    run = ran(folder, strategy=strategy, checkpoint={**KEPT, "weights_at": [2]}, **copy.deepcopy(PROMPTED))
+    document = diagnosis.diagnose(folder, steps=3)
+    assert document["updates"]["layers"] == ["backbone.prefix.pool"]
+    states = [checkpoint.load_weights(folder / "weights" / f"{n}.safetensors") for n in range(4)]
+    trained = [f"backbone.prefix.pool.{part}" for part in ("prompts", "keys")]
+    norms = [math.sqrt(sum(float((t[n] - s[n]).square().sum()) for n in trained)) for s, t in pairwise(states)]
+    assert document["updates"]["whole"]["norms"] == pytest.approx(norms, rel=1e-5)
+    for j, task in enumerate(document["tasks"]):
+        assert (task["before"], task["original"]) == (run["initial"][j], run["matrix"][j][j])
+        assert [point["step"] for point in task["along"]] == [2, 6]
+        assert task["along"][-1]["forgotten"] == run["matrix"][j + 1][j]
+    assert "While the next task was learnt" in reporting.write_again(folder).read_text()
+
+
+@pytest.mark.parametrize("bottleneck", [None, 8])
+def test_prompts_that_only_their_own_task_reads(
+    bottleneck: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    strategy = {"name": "progressive-prompts", "length": 2, "bottleneck": bottleneck}
+    ran(folder, strategy=strategy, **copy.deepcopy(PROMPTED))
+
+    def refuse(self: Any, *args: Any) -> None:
+        raise AssertionError("it was refused too late")
+
+    with monkeypatch.context() as patch:
+        for name in ("score", "recover", "mass"):
+            patch.setattr(diagnosis._Diagnosed, name, refuse)
+        match = (
+            "diagnose: strategy 'progressive-prompts' trains parameters of each task's own, and none that 'toy 0' reads "
+            "before any training, so its recovery would tell nothing; diagnose a run of a strategy whose tasks share"
+        )
+        with pytest.raises(UserError, match=match) as caught:
+            diagnosis.diagnose(folder)
+    assert "\n" not in str(caught.value)
+    assert not (folder / "diagnosis.json").exists()
+
+    monkeypatch.setattr(diagnosis._Diagnosed, "_check_trains", lambda self: None)
+    made = diagnosis._Diagnosed(folder)
+    made.load(3)
+    tests = [e.test for e in made.trainer.stream.experiences]
+    assert [made._reads_trained(test) for test in tests] == [False, False, True], "the newest prompt is the last task's"
+
+
+def test_tasks_that_are_told_may_share_what_is_trained(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    strategy = {"name": "hnet", "task_embedding": 4, "chunk": 500, "chunk_embedding": 4}
+    ran(folder, toy={"incremental": "task"}, strategy=strategy)
+    assert len(diagnosis.diagnose(folder, steps=2)["tasks"]) == 1
 
 
 # --- the report ---------------------------------------------------------------------------------------------------------

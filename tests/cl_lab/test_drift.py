@@ -145,6 +145,31 @@ def test_training_does_not_notice(links: list[dict[str, Any]]) -> None:
     assert all(set(d["general"]) == set(QUESTIONS) for d in record.drift)
 
 
+def test_the_newest_prompt_is_what_probes_are_read_behind() -> None:
+    """Of the first task the prompt stays as it ended, so read behind that alone nothing would ever change again."""
+    stream = on()
+    links = [{"name": "progressive-prompts", "length": 3}]
+    training = TRAINING | {"lr": 0.3}
+    made = toys.trainer(links, stream, model=LM, training=training, evaluation={"drift": True})
+    drift = made.run().drift
+    assert len({d["perplexity"] for d in drift}) == 3, "before, and after each of two experiences"
+    probes = make_probes(stream)
+    for learnt, d in ((1, drift[1]), (2, drift[2])):
+        data = probes.of_newest(probes.data, learnt)
+        found = made.learner.log_likelihoods(data, probes.said, 500)
+        assert probes.results(found)["perplexity"] == pytest.approx(d["perplexity"], rel=1e-4)
+
+
+def test_of_which_task_probes_are() -> None:
+    probes = make_probes(on())
+    for learnt, task in ((0, 0), (1, 0), (2, 1), (9, 8)):
+        data = probes.of_newest(probes.data, learnt)
+        assert set(data.t.tolist()) == {task}
+        assert data.x is probes.data.x
+    codes = replace(probes.data, x=probes.data.x[:, :3].clone(), raw=False)
+    assert not probes.of_newest(codes, 2).raw
+
+
 @pytest.mark.parametrize("codebooks", [None, 8])
 def test_a_strategy_is_asked_as_it_answers(codebooks: int | None) -> None:
     """REMIND's test sets are codes: without a quantiser the numbers are the model's own."""

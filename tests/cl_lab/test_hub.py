@@ -305,7 +305,7 @@ class Trap:
         return os.mkdir, (str(self.place),)
 
 
-def test_pickles_are_not_read(folder: Path, tmp_path: Path) -> None:
+def test_pickles_are_not_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = make_model(folder)
     with (folder / "pytorch_model.bin").open("wb") as file:
         pickle.dump(Trap(tmp_path / "sprung"), file)
@@ -313,10 +313,11 @@ def test_pickles_are_not_read(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError) as error:
         hub.load_causal_lm(str(folder))
-    one_line(error, "a pickle", "trust_remote_code")
+    one_line(error, "a pickle", "type --trust-remote-code")
     assert not (tmp_path / "sprung").exists()
     torch.save(saved.state_dict(), folder / "pytorch_model.bin")
-    trusted = hub.load_causal_lm(str(folder), trust_remote_code=True)
+    monkeypatch.setenv(hub.TRUSTED, "1")
+    trusted = hub.load_causal_lm(str(folder))
     assert torch.equal(logits(trusted, [1, 2]), logits(saved, [1, 2]))
 
 
@@ -327,7 +328,9 @@ def test_code_that_comes_with_a_model_is_not_run(folder: Path, tmp_path: Path) -
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
     with pytest.raises(DataError) as error:
         hub.load_causal_lm(str(folder))
-    one_line(error, f"model '{folder}'")
+    one_line(
+        error, f"model '{folder}': comes with code of its own", "type --trust-remote-code if you trust who made it"
+    )
     assert not (tmp_path / "run").exists()
 
 

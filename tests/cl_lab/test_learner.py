@@ -91,3 +91,26 @@ def test_a_layout_changes_no_value(name: str) -> None:
         assert q.grad is not None
         assert q.grad.stride() == q.stride(), n
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "adam"}, {"optimizer": "adamw"}],
+)
+def test_weights_in_16_bits_take_the_step_of_those_in_32(training: dict[str, Any]) -> None:
+    """Torch's fused SGD leaves most of them where they are."""
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        model = {"name": "causal-lm", "weights": "tiny", "adapt": "full", "dtype": dtype}
+        on = toys.stream(form="texts", scoring="first-token")
+        learner = toys.trainer([{"name": "naive"}], on, model=model, training=training).learner
+        learner.begin(fresh=True)
+        learner.set_lr(0.1)
+        before = {n: p.float().clone() for n, p in learner.parameters().items()}
+        batch = on.experiences[0].train.batch(torch.arange(16))
+        learner.backward(learner.loss(learner.forward(batch), batch), last=True)
+        learner.step()
+        moved[dtype] = torch.cat([(p.float() - before[n]).flatten() for n, p in learner.parameters().items()])
+    exact, rounded = moved.values()
+    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.98
+    assert rounded.norm() == pytest.approx(exact.norm().item(), rel=0.05)

@@ -212,6 +212,28 @@ def test_debug_shows_the_traceback(cl_lab: CommandLine) -> None:
     assert "Traceback" in err
 
 
+def test_a_models_own_code_runs_only_where_that_is_typed(cl_lab: CommandLine, write_config: Callable[..., str]) -> None:
+    """No file may ask for it; the flag may stand anywhere on the line."""
+    assert "--trust-remote-code" in cl_lab("--help").stdout
+    model = cl_lab.folder / "model"
+    model.mkdir()
+    own = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}
+    (model / "config.json").write_text(json.dumps({"model_type": "my-own", "auto_map": own}))
+    (model / "mine.py").write_text(f"open({str(cl_lab.folder / 'ran')!r}, 'w')\n")
+    (model / "model.safetensors").write_bytes(b"not looked at")
+    (cl_lab.folder / "task.csv").write_text("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(40)))
+    sections = {
+        "scenario": "{name: text-stream, tasks: [task.csv], tokenizer: bytes}",
+        "model": "{name: causal-lm, weights: model}",
+    }
+    assert "type --trust-remote-code if you trust" in cl_lab.error("run", write_config(**sections))
+    more = {**sections, "model": "{name: causal-lm, weights: model, trust_remote_code: true}"}
+    assert "trust_remote_code: unknown key" in cl_lab.error("run", write_config(**more))
+    assert not (cl_lab.folder / "ran").exists()
+    cl_lab.error("run", "--trust-remote-code", write_config(**sections))
+    assert (cl_lab.folder / "ran").exists()
+
+
 def test_plugin_from_a_file(cl_lab: CommandLine, write_config: Callable[..., str]) -> None:
     (cl_lab.folder / "mine.py").write_text(
         "from dataclasses import dataclass\n"

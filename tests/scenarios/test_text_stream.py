@@ -13,19 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from cl_lab import hub, knobs
 from cl_lab.errors import ConfigError, DataError, UserError
 from cl_lab.records import PAD, Experience, Stream, TensorData
+from cl_lab.seeding import generator
 from scenarios import _texts, text_stream
-from scenarios._texts import ORDERS
+from scenarios._orders import limit_rows
+from scenarios._texts import ORDERS, held_out
 from scenarios.text_stream import TextStream, describe_row
 
 SHARED = Path(os.environ.get("CL_LAB_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data").resolve()
 
 NEWS = ("World", "Sports", "Business", "Science or Technology")
+LABELS_OF = {"QQP": ("True", "False"), "RTE": ("contradiction", "entailment"), "CB": ("neutral", "entailment")}
 MOODS = ("bad", "good")
 
 
@@ -74,10 +79,10 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Words:
     monkeypatch.setenv("CL_LAB_DATA", str(tmp_path / "data"))
     real, words = hub.load_tokenizer, Words()
 
-    def load(name: str, *, trust_remote_code: bool = False) -> Any:
+    def load(name: str) -> Any:
         if name == "words":
             return words
-        return TOKENIZERS[name]() if name in TOKENIZERS else real(name, trust_remote_code=trust_remote_code)
+        return TOKENIZERS[name]() if name in TOKENIZERS else real(name)
 
     monkeypatch.setattr(hub, "load_tokenizer", load)
     return words
@@ -330,7 +335,7 @@ def test_standard_orders(data: Path, tokenizer: Words) -> None:
     assert {len(ORDERS[f"order-{i}"]) for i in (1, 2, 3)} == {4}
     assert all(len(set(ORDERS[f"order-{i}"])) == 15 for i in (4, 5, 6))
     for name in ORDERS["order-4"]:
-        label_task(data / "CL_Benchmark" / "some" / name, MOODS, train=2, test=1)
+        label_task(data / "CL_Benchmark" / "some" / name, LABELS_OF.get(name, MOODS), train=2, test=1)
     for order, tasks in ORDERS.items():
         stream = made(order)
         assert names(stream) == list(tasks)
@@ -338,6 +343,7 @@ def test_standard_orders(data: Path, tokenizer: Words) -> None:
     asked = {e.name: said(stream, tokenizer, e.test)[0][0].partition("?")[0] for e in stream.experiences}
     assert asked["QQP"] == "Do the two questions ask the same thing"
     assert asked["RTE"] == asked["CB"] == "How is the second sentence related to the first", "known by name as well"
+    assert asked["WiC"].startswith("Read the text. Reply"), "but these are not its labels"
     mixed = {tuple(names(drawn(seed, "order-1", shuffle_tasks=True))) for seed in range(5)}
     assert len(mixed) > 1
     assert len({tuple(names(drawn(seed, "order-1", shuffle_tasks=True, order_seed=1))) for seed in range(5)}) == 1
@@ -378,6 +384,47 @@ def test_a_task_is_one_file(tmp_path: Path, tokenizer: Words, suffix: str, save:
     assert [tokenizer.decode(a.tolist()) for a in stream.answers] == [" bad", " good"], "labels in alphabetical order"
 
 
+def test_spaces_around_the_names_of_columns_do_not_count(tmp_path: Path, tokenizer: Words) -> None:
+    (e,) = (
+        stream := made(
+            [
+                str(
+                    write(
+                        tmp_path / "a.csv", "text , label\n" + "".join(f"text {i}, {MOODS[i % 2]}\n" for i in range(8))
+                    )
+                )
+            ]
+        )
+    ).experiences
+    assert {answer for _, answer in said(stream, tokenizer, e.train)} == {" good", " bad"}
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "asked"),
+    [
+        ("amazon.csv", ("shoes", "hats"), "Read the text."),
+        ("amazon.csv", ("Very positive", "very negative"), "How does the author feel?"),
+        ("qqp.csv", ("yes", "no"), "Read the text."),
+        ("qqp.csv", ("True", "False"), "Do the two questions ask the same thing?"),
+        ("sc.csv", MOODS, "Read the text."),
+        ("toy-colours.csv", ("red", "green"), "Read the text."),
+    ],
+)
+def test_a_name_chooses_the_instruction_for_its_labels_alone(
+    tmp_path: Path, tokenizer: Words, name: str, labels: tuple[str, str], asked: str
+) -> None:
+    """Whatever was kept of a file of the same name: what is asked is part of what is looked for."""
+    path = as_csv(tmp_path / name, labelled(labels, 6))
+    (e,) = (stream := made([str(path)])).experiences
+    assert said(stream, tokenizer, e.train)[0][0].startswith(asked)
+    folder = label_task(tmp_path / path.stem, labels)
+    (e,) = (stream := made([str(folder)])).experiences
+    assert said(stream, tokenizer, e.train)[0][0].startswith(asked)
+    own = write(tmp_path / "own.yaml", f'prompt: "{{instruction}} {{text}}"\ninstructions: {{{path.stem}: "Hm?"}}')
+    (e,) = (stream := made([str(path)], template=str(own))).experiences
+    assert said(stream, tokenizer, e.train)[0][0].startswith("Hm?"), "who names a task means it"
+
+
 def test_a_field_of_a_table_may_be_long(tmp_path: Path) -> None:
     """Python's own limit is 131,072 characters; it holds for other tables as before."""
     long, usual = "word " * 40_000, csv.field_size_limit()
@@ -395,6 +442,100 @@ def test_few_rows_are_divided_by_label(tmp_path: Path) -> None:
     assert e.test.y.tolist() == [0, 1]
     (e,) = made([str(path)], test_share=0.99).experiences
     assert (len(e.train), len(e.test)) == (2, 2)
+
+
+def test_rows_of_one_text_stay_on_one_side(tmp_path: Path, tokenizer: Words, caplog: pytest.LogCaptureFixture) -> None:
+    """“ok” is below the share, and all of a label."""
+    rows = [{"text": f"parcel {i}", "label": "delivery"} for i in range(100)]
+    path = as_csv(tmp_path / "talk.csv", [*rows, *[{"text": "ok", "label": "smalltalk"}] * 100])
+    for _ in range(2):  # made, and from the cache
+        caplog.clear()
+        (e,) = (stream := made([str(path)], template="plain")).experiences
+        tests = [p for p, _ in said(stream, tokenizer, e.test)]
+        assert sorted(tests) == sorted(r["text"] for r in rows if text_stream.place_of(r["text"]) < 0.2)
+        assert len(e.train) == 200 - len(tests)
+        (record,) = caplog.records
+        assert record.getMessage().startswith("text-stream: labels without test rows: talk (smalltalk); add rows with ")
+    free = as_jsonl(tmp_path / "f.jsonl", [question(i) for i in range(100)] + [{"prompt": "ok", "answer": "ok"}] * 100)
+    (e,) = (stream := made([str(free)])).experiences
+    tests = [p for p, _ in said(stream, tokenizer, e.test)]
+    assert not set(tests) & {p for p, _ in said(stream, tokenizer, e.train)}
+    assert abs(len(tests) - 40) < 10, "all of the repeats at once would be too many: other texts stand in for them"
+    caplog.clear()
+    (e,) = (stream := made([str(free)], holdout=0.3)).experiences
+    tests = [p for p, _ in said(stream, tokenizer, e.test)]
+    assert not set(tests) & {p for p, _ in said(stream, tokenizer, e.train)}
+    assert 0.2 < len(tests) / (len(e.train) + len(tests)) < 0.4
+    assert not caplog.records
+
+
+def test_a_label_that_is_never_learnt_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = label_task(tmp_path / "news")
+    write(folder / "train.json", labelled(NEWS[2:], 3))
+    made([str(folder)])
+    assert "text-stream: labels without training rows: news (World, Sports); add rows" in caplog.text
+    caplog.clear()
+    many = tuple(f"label {i}" for i in range(9))
+    write((folder := label_task(tmp_path / "many", many)) / "test.json", labelled(many[:1], 3))
+    made([str(folder)])
+    assert "without test rows: many (label 1, label 2, label 3 and 5 more); add" in caplog.text
+
+
+Division = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
+
+
+def texts_in_groups(seed: int, repeats: float) -> Division:
+    """Places and groups of a few rows; that share of them is one text, and texts come in several groups."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(2, 60))
+    places = rng.random(n)
+    if repeats:
+        places = places[rng.integers(0, n, n)]
+        places[rng.random(n) < repeats] = places[0]
+    return places, rng.integers(0, rng.integers(1, 5), n)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
+def test_which_rows_are_held_out(share: float) -> None:
+    for seed in range(200):
+        places, groups = texts_in_groups(seed, 0)
+        plain = places < share
+        for group in np.unique(groups):  # published figures are of rows that were chosen so
+            rows = np.flatnonzero(groups == group)
+            if len(rows) > 1 and plain[rows].all():
+                plain[rows[places[rows].argmax()]] = False
+            elif len(rows) > 1 and not plain[rows].any():
+                plain[rows[places[rows].argmin()]] = True
+        assert (held_out(places, groups, share) == plain).all(), "without repeats: by the place alone"
+    for seed in range(200):
+        places, groups = texts_in_groups(seed, seed % 4 / 5)
+        held = held_out(places, groups, share)
+        sides = set(zip(places.tolist(), held.tolist(), strict=True))
+        assert len(sides) == len(np.unique(places)), "a text of two labels is on one side as well"
+        alone = held_out(places, np.zeros_like(groups), share)
+        texts, times = np.unique(places, return_counts=True)
+        if len(texts) > 1:
+            assert 0 < alone.sum() < len(alone)
+            chance = abs((texts < share).sum() - share * len(texts))
+            assert abs(alone.sum() - share * len(alone)) <= chance + times.max(), "as near as whole texts can"
+            # One more text, which is not held out where it need not be.
+            more = held_out(np.append(places, 1.0), np.zeros(len(places) + 1, np.int64), share)
+            assert (more[:-1] != alone).sum() <= 2 * times.max(), "hardly any other row moves"
+
+
+def test_one_text_cannot_be_divided(tmp_path: Path) -> None:
+    for labels in (("a",), ("a", "b")):
+        rows = [{"text": f"of {label}", "label": label} for label in labels for _ in range(20)]
+        path = write(tmp_path / "same.json", rows)
+        told = f"same.json: too few different texts ({len(labels)} in {len(rows)} rows) to hold some out for testing"
+        refused({"tasks": [str(path)]}, DataError, told)
+    folder = free_task(tmp_path / "free")
+    write(folder / "train.json", [question(1)] * 5)
+    refused(
+        {"tasks": [str(folder)], "holdout": 0.5},
+        DataError,
+        "holdout = 0.5: task 'free' has too few different texts (1 in 5 training rows); add more",
+    )
 
 
 def test_a_set_of_the_hub(tmp_path: Path, tokenizer: Words, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,6 +585,35 @@ def test_samples_are_drawn_evenly(data: Path, tokenizer: Words) -> None:
     turned = drawn(0, ["Moods", "agnews"], train_samples=10)
     assert said(turned, tokenizer, turned.experiences[1].train) == said(stream, tokenizer, stream.experiences[0].train)
     assert [len(e.train) for e in drawn(0, ["agnews"], train_samples=999).experiences] == [32]
+
+
+def test_free_answers_are_drawn_as_they_are(tmp_path: Path, tokenizer: Words) -> None:
+    """Equally many of each would be 1 in 200 of the commonest: a test set of none but rarities."""
+    rows = [{"prompt": f"{i}?", "answer": "yes" if i % 5 < 3 else f"on day {i}"} for i in range(1000)]
+    folder = tmp_path / "free"
+    for part in ("train", "test"):
+        write(folder / f"{part}.json", rows)
+    sizes: dict[str, Any] = {"train_samples": 200, "test_samples": 200}
+    stream, other = (drawn(seed, [str(folder)], **sizes) for seed in (0, 1))
+    for some in (stream, other):
+        for rows_of in (some.experiences[0].train, some.experiences[0].test):
+            common = sum(answer == " yes" for _, answer in said(some, tokenizer, rows_of))
+            assert abs(common / 200 - 0.6) < 4 * (0.6 * 0.4 / 200) ** 0.5
+    (one,), (two,) = stream.experiences, other.experiences
+    assert said(stream, tokenizer, one.test) == said(other, tokenizer, two.test), "the same for every seed"
+    assert said(stream, tokenizer, one.train) != said(other, tokenizer, two.train)
+    write(folder / "labels.json", sorted({row["answer"] for row in rows}))
+    (e,) = drawn(0, [str(folder)], template="plain", **sizes).experiences
+    assert e.train.y.bincount().max() == 1, "with a fixed set they are labels"
+
+
+def test_labels_are_drawn_as_ever(data: Path, tokenizer: Words) -> None:
+    """Which rows they are is part of published figures."""
+    train = json.loads((data / "lm" / "CL_Benchmark" / "TC" / "agnews" / "train.json").read_text())
+    y = torch.tensor([NEWS.index(row["label"]) for row in train])
+    rows = limit_rows(torch.arange(len(y)), y, 10, generator(3, "train_samples", "agnews"))
+    stream = drawn(3, ["agnews"], train_samples=10, template="plain")
+    assert [p for p, _ in said(stream, tokenizer, stream.experiences[0].train)] == [train[i]["sentence"] for i in rows]
 
 
 def test_equal_files_give_equal_streams_wherever_they_lie(
@@ -725,12 +895,12 @@ def test_a_folder_without_both_parts(data: Path) -> None:
         (
             "train.json",
             [{"topic": "World", "body": "a"}],
-            "train.json, row 1: has columns topic, body; needs prompt and answer, or label and sentence (or text)",
+            "train.json, row 1: has columns 'topic', 'body'; needs prompt and answer, or label and sentence (or text)",
         ),
         (
             "train.json",
             [{"label": "World", "sentence": "a"}, {"label": "World", "sentense": "a"}],
-            "train.json, row 2: has columns label, sentense; needs sentence and label",
+            "train.json, row 2: has columns 'label', 'sentense'; needs sentence and label",
         ),
         ("train.json", ["World"], "train.json, row 1: has a str; needs prompt and answer"),
         (
@@ -748,7 +918,7 @@ def test_a_folder_without_both_parts(data: Path) -> None:
         (
             "test.json",
             [{"prompt": "a", "answer": "b"}],
-            "test.json, row 1: has columns prompt, answer; needs sentence and",
+            "test.json, row 1: has columns 'prompt', 'answer'; needs sentence and",
         ),
         ("labels.json", {"World": 0}, "labels.json: must hold a list of labels"),
         ("labels.json", "[", "labels.json, line 1: broken JSON"),
@@ -766,10 +936,20 @@ def test_files_that_are_not_as_they_should_be(data: Path, name: str, content: An
         (
             "a.jsonl",
             '{"text": "a", "label": "b"}\n{"text": "a"}\n',
-            "a.jsonl, line 2: has columns text; needs text and label",
+            "a.jsonl, line 2: has columns 'text'; needs text and label",
         ),
         ("a.csv", "text,label\na,b\nc\n", "a.csv, line 3: has 1 columns, the header 2; give the line all of them"),
-        ("a.csv", "text;label\na;b\n", "a.csv, line 2: has columns text;label; needs prompt and answer"),
+        ("a.csv", "text;label\na;b\n", "a.csv, line 2: has columns 'text;label'; needs prompt and answer"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label ": "b"}\n',
+            "a.jsonl, line 1: has columns 'text', 'label '; needs prompt and answer",
+        ),
+        ("a.csv", "text,label, text\na,b,c\n", "a.csv: column 'text' is there twice; rename one of them"),
+        ("a.json", "[" * 50_000, "a.json: brackets are nested too deeply to be read; write rows such as {"),
+        ("a.jsonl", '{"text": 1, "label": 1}\n' + '{"a":' * 50_000, "a.jsonl, line 2: brackets are nested too deeply"),
+        ("a.json", f"[{'1' * 5000}]", "a.json: a number has too many digits to be read"),
+        ("a.csv", "text,label\nhello,b\n", "a.csv: too few rows (1) to hold some out for testing; add more"),
         ("a.csv", 'text,label\na,"b\n', "broken CSV (unexpected end of data)"),
         ("a.csv", "", "a.csv: holds no rows"),
         (
@@ -812,7 +992,9 @@ def test_labels_that_do_not_fit(data: Path, tmp_path: Path) -> None:
     assert made(["agnews"], max_answer=4).layout["answer"] == (4,)
     one = label_task(tmp_path / "one", MOODS)
     write(one / "train.json", labelled(MOODS[:1], 1))
-    refused({"tasks": [str(one)], "holdout": 0.5}, DataError, "holdout = 0.5: task 'one' has too few training rows (1)")
+    for share in (0.01, 0.99):  # on either side there would be none
+        says = f"holdout = {share}: task 'one' has too few training rows (1)"
+        refused({"tasks": [str(one)], "holdout": share}, DataError, says)
 
 
 @pytest.mark.parametrize(
@@ -853,3 +1035,22 @@ def test_the_sets_themselves() -> None:
             assert y in e.classes
     free = made(["FOMC"], tokenizer="bytes", data_dir=str(SHARED), train_samples=10)
     assert free.n_classes == 3
+
+
+@pytest.mark.skipif(
+    not (SHARED / "lm" / "CL_Benchmark").is_dir(), reason=f"no {SHARED}/lm/CL_Benchmark on this machine"
+)
+def test_the_sets_have_their_instructions() -> None:
+    """As folders of the benchmark, and as those of the same name elsewhere."""
+    kinds = {
+        **dict.fromkeys(("agnews", "dbpedia", "yahoo"), "TC"),
+        **dict.fromkeys(("amazon", "yelp", "SST-2"), "SC"),
+        "MNLI": "NLI",
+        **{name: name for name in ("QQP", "BoolQA", "WiC")},
+    }
+    for task in _texts.find_tasks(tuple(kinds), str(SHARED), 0.2):
+        texts = task.read()
+        assert task.kind_with(texts.labels) == kinds[task.name]
+        kind, known = _texts._kind(task.name)
+        assert kind == kinds[task.name]
+        assert known == frozenset(label.lower() for label in texts.labels or ())

@@ -228,6 +228,33 @@ def test_of_texts_the_gradient_of_the_loss_is_squared(size: int | None) -> None:
         assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-9), name
 
 
+def test_of_weights_in_16_bits_the_sum_is_in_32() -> None:
+    """A running sum of 16 bits stands still once it is 256 times what is added."""
+    on = toys.stream(form="texts", experiences=1, train=400)
+    knobs = {"name": "ewc", "fisher": "batched", "fisher_batch_size": 1}
+    trainer = toys.trainer([knobs], on, model={**TINY, "dtype": "bfloat16"})
+    strategy = trainer.strategy.links[0]
+    assert isinstance(strategy, EWC)
+    trainer.learner.begin(fresh=True)
+    found = strategy._estimate(on.experiences[0], trainer.learner)
+    exact: dict[str, Tensor] = {}
+    for row in range(400):
+        for name, g in trainer.learner.gradients_of(on.experiences[0].train.batch(torch.tensor([row]))).items():
+            assert g.dtype == torch.bfloat16
+            exact[name] = exact.get(name, torch.zeros(())) + g.double().square() / 400
+    for name, value in exact.items():
+        assert torch.allclose(found[name].double(), value, rtol=1e-3), name
+    strategy.after_experience(on.experiences[0], trainer.learner)
+    assert {v.dtype for part in (strategy._precision, strategy._anchor) for v in part.values()} == {torch.float32}
+    trainer.learner.begin(fresh=True)
+    batch = on.experiences[0].train.batch(torch.arange(4))
+    trainer.learner.backward(trainer.learner.loss(trainer.learner.forward(batch), batch), last=True)
+    strategy.adjust_gradients(trainer.learner)  # 32 bits are added to gradients of 16
+    trainer.learner.set_lr(1.0)
+    trainer.learner.step()
+    assert strategy.penalty(trainer.learner) > 0
+
+
 def test_of_texts_other_fisher_variants_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^fisher = 'exact': asks for .*; set fisher=batched$"):
         toys.trainer([{"name": "ewc"}], toys.stream(form="texts"), model=TINY)

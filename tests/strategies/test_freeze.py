@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import toys
 from torch import Tensor, nn
 
 from cl_lab.errors import ConfigError
-from cl_lab.models import matching
+from cl_lab.module_paths import matching
 from cl_lab.records import Stream
 from cl_lab.trainer import Record, Silent, Trainer
 from strategies.freeze import released
@@ -123,7 +124,9 @@ def test_patterns_match_by_structure(pattern: str, matches: list[str]) -> None:
 
 @pytest.mark.parametrize("pattern", ["backbone.layers.7", "layers.0", "backbone.layer", "head.linear.weights"])
 def test_a_pattern_that_matches_nothing_is_an_error(pattern: str) -> None:
-    with pytest.raises(ConfigError, match=f"pattern '{pattern}' matches no module or parameter; the model has: ") as e:
+    with pytest.raises(
+        ConfigError, match=f"pattern '{pattern}' matches no module or parameter; .*the model has: "
+    ) as e:
         weights_after_each(["backbone.layers.0", pattern], toys.stream(), from_experience=0)
     assert "backbone.layers.0.linear" in str(e.value)
     assert "\n" not in str(e.value)
@@ -329,6 +332,11 @@ def test_a_killed_run_goes_on_to_the_same_weights_with_a_cache(tmp_path: Path) -
         ([{"name": "freeze"}], toys.MLP, "nothing to freeze; give modules, layers or embeddings"),
         ([{"name": "freeze", "layers": 3}], toys.MLP, r"layers = 3: the model has 2 blocks \(layers.0 to layers.1\)"),
         ([{"name": "freeze", "modules": ["x"], "cache": "memory"}], toys.MLP, "give layers = 1 or more"),
+        (
+            [{"name": "freeze", "modules": ["backbone.layer.1"]}],
+            toys.MLP,
+            r"'backbone.layer.1' matches no module or parameter; did you mean 'backbone.layers.1'\?; the model has: back",
+        ),
         ([{"name": "freeze", "embeddings": True, "variant": "released"}], toys.MLP, "variant = 'released': says which"),
         ([{"name": "freeze", "embeddings": True}], toys.MLP, "nothing comes before the model's first block"),
         (
@@ -345,6 +353,39 @@ def test_what_cannot_be_frozen_is_one_line(links: list[dict[str, Any]], model: d
     with pytest.raises(ConfigError, match=says) as caught:
         run(links, toys.stream(), model=model)
     assert "\n" not in str(caught.value)
+
+
+def test_mistakes_in_paths_are_told_before_anything_is_learnt() -> None:
+    with pytest.raises(ConfigError, match="matches no module or parameter"):
+        toys.trainer([{"name": "freeze", "modules": ["backbone.layers.7"], "from_experience": 2}], toys.stream())
+
+
+def test_a_tensor_that_two_modules_share_is_frozen_by_either_name() -> None:
+    on = toys.stream(form="texts", scoring="first-token")
+    for path in ("head", "head.linear", "backbone.model.embed_tokens"):
+        trainer = run([{"name": "freeze", "modules": [path], "from_experience": 0}], on, model=TINY)
+        assert trainer.strategy.links[0]._frozen == ["backbone.model.embed_tokens.weight"]  # type: ignore[attr-defined]
+
+
+def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(
+        ConfigError, match=r"cache = 'memory': room for 64 samples takes .* set cache=disk, or cache=none"
+    ):
+        run([{"name": "freeze", "layers": 1, "cache": "memory"}], toys.stream(), model=toys.MLP)
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_in_bf16_what_is_kept_is_what_would_be_made(
+    cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CL_LAB_CACHE", str(tmp_path))
+    on = toys.stream(form="texts", scoring="first-token")
+    how = {"model": TINY, "engine": {"precision": "bf16"}, "training": {"batch_size": 1, "iterations": 20}}
+    freeze = {"name": "freeze", "layers": 1, "embeddings": True}
+    plain, kept = (run([{**freeze, **more}], on, **how) for more in ({}, {"cache": cache}))
+    assert [one["loss"] for one in plain.record.losses] == [two["loss"] for two in kept.record.losses]
+    assert not toys.differing(toys.weights_of(plain), toys.weights_of(kept))
 
 
 def test_a_cache_wants_all_below_it_frozen_and_to_stand_last() -> None:

@@ -14,7 +14,7 @@ import torch
 import toys
 from torch import Tensor
 
-from cl_lab import hub, launch, registry
+from cl_lab import checkpoint, hub, launch, registry
 from cl_lab.protocols import Learner, Strategy
 from cl_lab.records import OBJECTIVES, PAD, Batch, Experience, Objective, Stream
 from cl_lab.trainer import Trainer
@@ -248,6 +248,46 @@ def test_checkpoints_hold_the_adapters_alone() -> None:
     fresh.load_state_dict(ilora.state_dict())
     batch = on.experiences[0].test.batch(torch.arange(8))
     assert torch.equal(fresh.predict(batch, made.learner), ilora.predict(batch, made.learner))
+
+
+@pytest.mark.parametrize("model", [LM, {"name": "causal-lm", "weights": "tiny", "adapt": "full"}])
+def test_beside_layers_that_are_frozen_later_a_killed_run_goes_on_to_the_same(
+    model: dict[str, Any], tmp_path: Path
+) -> None:
+    """The slow weights of a layer that is frozen meanwhile are its own: no checkpoint may take them from the fast ones."""
+    on, ilora = toys.stream(form="texts"), {"name": "ilora", "memory": 60}
+    links = [ilora, {"name": "freeze", "layers": 1, "embeddings": True}]
+    sections = {"model": model, "training": {"optimizer": "adamw", "lr": 0.01, "epochs": 2}}
+
+    def made(name: str) -> Trainer:
+        place = tmp_path / name
+        return toys.trainer(links, on, checkpoints=place, checkpoint={"every_steps": 1}, **sections)
+
+    whole = made("whole")
+    whole.run()
+    for at in (15, 20, 30):
+        toys.stopped_at(at, toys.at_newest(made("cut")))
+    last = toys.at_newest(made("cut"))
+    last.run()
+    assert last.record.matrix == whole.record.matrix
+    assert not toys.differing(toys.weights_of(whole), toys.weights_of(last))
+    assert checkpoint.equal(whole.strategy.state_dict(), last.strategy.state_dict())
+    again = toys.at_newest(made("whole"))
+    batch = on.experiences[0].test.batch(torch.arange(8))
+    given = [t.strategy.links[0].predict(batch, t.learner) for t in (whole, again)]
+    assert torch.equal(*given), "what is exported is what was scored"
+
+
+def test_fast_and_slow_weights_answer_in_one_precision() -> None:
+    """Equal weights give equal answers, so that the two scores of a run in bf16 can be compared."""
+    on = toys.stream(form="texts", scoring="first-token")
+    made, (ilora, _) = trainer(on, {}, model=LM, training={"iterations": 1}, engine={"precision": "bf16"})
+    made.run()
+    ilora._slow.take(made.learner)
+    batch = on.experiences[0].test.batch(torch.arange(8))
+    with torch.no_grad():
+        fast, slow = made.learner.forward(batch).float(), ilora._slow.outputs(batch, made.learner)
+    assert torch.equal(fast, slow)
 
 
 @pytest.mark.parametrize("form", ["texts", "images"])

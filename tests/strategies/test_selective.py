@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import toys
 
+from cl_lab.compat import import_torchvision
 from cl_lab.errors import ConfigError
 
 FULL = {"name": "causal-lm", "weights": "tiny", "adapt": "full"}
@@ -32,6 +35,22 @@ def test_nothing_else_moves(model: dict[str, Any], part: str, holds: str) -> Non
     assert layers == {"0", "1"}
     every = [n for n in before if any(f".{s}." in n for s in inside) and (model is FULL or "lora_" in n)]
     assert set(moved) == set(every), "all of the part is trained"
+
+
+def test_norms_inside_attention_are_norms(tmp_path: Path) -> None:
+    """Qwen 3 normalises queries and keys in there."""
+    import_torchvision()
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=257, num_key_value_heads=2, **size)).save_pretrained(tmp_path)
+    on = toys.stream(form="texts", scoring="first-token")
+    trainer = toys.trainer([{"name": "selective"}], on, model={**FULL, "weights": str(tmp_path)}, training=TRAINING)
+    before = toys.weights_of(trainer)
+    trainer.run()
+    moved = toys.differing(before, toys.weights_of(trainer))
+    assert {name.split(".")[-2] for name in moved} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_a_model_without_the_part_is_one_line() -> None:
