@@ -14,6 +14,7 @@ from cl_lab.records import Batch, Experience, State, Stream, TensorData
 
 _HOOKS = (
     "prepare",
+    "prepared",
     "before_experience",
     "training_set",
     "budget",
@@ -135,6 +136,8 @@ class Chain:
         """See :class:`~cl_lab.protocols.Strategy`, as for every hook below."""
         for link in self._active["prepare"]:
             model = link.prepare(model, stream)
+        for link in self._active["prepared"]:
+            link.prepared(model)
         return model
 
     def before_experience(self, experience: Experience, learner: Learner) -> None:

@@ -19,6 +19,8 @@ import typer
 from cl_lab import __version__
 from cl_lab.errors import ConfigError, DataError, EditError, Interrupted, UserError, nearest
 
+_TRUSTED = "CL_LAB_TRUST_REMOTE_CODE"  # cl_lab.hub's name of it: --help has no time for that module
+
 app = typer.Typer(
     name="cl-lab",
     help="A laboratory for continual learning and model editing.",
@@ -903,6 +905,8 @@ def _version(
         ),
     ] = False,
 ) -> None:
+    if trust_remote_code:
+        os.environ[_TRUSTED] = "1"
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -913,7 +917,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--trust-remote-code")]
     if "--trust-remote-code" in sys.argv[1:]:
-        os.environ["CL_LAB_TRUST_REMOTE_CODE"] = "1"  # not from cl_lab.hub: --help has no time for it
+        os.environ[_TRUSTED] = "1"
     from cl_lab.display import configure_logging
 
     configure_logging()

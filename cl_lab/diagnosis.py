@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _PART = 0.1
 """Recovery's share of the steps an experience took: one epoch of task 0's ten in the paper's experiment."""
 _FEWEST = 10
-_ROWS = 8
+_ROWS = 2
 """Rows of a task that tell what its answers depend on."""
 _LOW = 0.5
 """Below this recovery ratio, knowledge is said to be lost."""
@@ -502,11 +502,11 @@ class _Diagnosed:
             outputs = learner.forward(Batch(data.x[few], data.y[few], data.t[few], 0, raw=data.raw).to(learner.device))
             if not outputs.requires_grad:
                 return False
-            said = outputs.float()[outputs.isfinite()]
+            said = torch.where(outputs.isfinite(), outputs, 0.0)
             # Not the loss, whose gradient is zero as well where an answer is certain.
-            drawn = torch.randn(len(said), generator=seeding.generator(self.config.seed, "diagnose", "reads"))
+            drawn = torch.randn(said.shape[-1], generator=seeding.generator(self.config.seed, "diagnose", "reads"))
             trained = [p for p in learner.model.parameters() if p.requires_grad]
-            found = torch.autograd.grad(said @ drawn.to(said.device), trained, allow_unused=True)
+            found = torch.autograd.grad((said @ drawn.to(said)).sum(), trained, allow_unused=True)
         return any(g is not None and bool(g.any()) for g in found)
 
     def _score(self, data: TensorData) -> float:

@@ -566,11 +566,12 @@ def is_run_of(folder: Path, config: RunConfig) -> bool:
 
 def call(folder: Path, to: Path, config: RunConfig, label: str) -> None:
     """Move the run of ``config`` in ``folder`` to ``to``, under another label. Raises :class:`OSError`."""
-    folder.rename(to)
-    document = read_document(to)
+    document = read_document(folder)
     assert document is not None
-    write_atomically(to / RUN_FILE, json.dumps({**document, "label": label, "path": str(to)}, indent=1))
-    write_atomically(to / CONFIG_FILE, dump(config))
+    # Moved last: whatever ends this before, the next --resume finds the run where it was and does it again.
+    write_atomically(folder / RUN_FILE, json.dumps({**document, "label": label, "path": str(to)}, indent=1))
+    write_atomically(folder / CONFIG_FILE, dump(config))
+    folder.rename(to)
 
 
 def check_data(folder: Path, config: RunConfig) -> None:
@@ -620,7 +621,11 @@ def saved_config(folder: Path) -> RunConfig:
 
     path = folder / CONFIG_FILE
     try:
-        return parse(yaml.safe_load(path.read_text()), str(path))
+        document = yaml.safe_load(path.read_text())
+        for section in ("model", "scenario"):  # older runs hold a knob that the command line's flag took the place of
+            if isinstance(document, dict) and isinstance(document.get(section), dict):
+                document[section].pop("trust_remote_code", None)
+        return parse(document, str(path))
     except FileNotFoundError:
         raise UserError(
             f"'{folder}' holds no run: config.yaml is missing; name a folder that cl-lab run or compare wrote"

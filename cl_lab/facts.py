@@ -166,21 +166,22 @@ def _optional(record: Mapping[str, Any], key: str, name: str = "") -> str | None
 
 def _answers(record: Mapping[str, Any], *keys: str) -> tuple[str, ...]:
     """The answers under ``keys``, however deep in lists they stand: all that differ, in order."""
-
-    def flat(value: object) -> Iterator[object]:
-        if isinstance(value, list):
-            for one in value:
-                yield from flat(one)
-        elif value is not None:
-            yield value
-
-    found = (_checked(value, key) for key in keys for value in flat(record.get(key)))
+    found = (_checked(value, key) for key in keys for value in _flat(record.get(key)))
     return tuple(dict.fromkeys(text for text in found if text))
 
 
 def _first(record: Mapping[str, Any], key: str) -> str | None:
-    """The first of the answers under ``key``."""
-    return next(iter(_answers(record, key)), None)
+    """The first of the answers under ``key``; what stands behind it is not looked at."""
+    value = next(_flat(record.get(key)), None)
+    return None if value is None else _checked(value, key) or None
+
+
+def _flat(value: object) -> Iterator[object]:
+    if isinstance(value, list):
+        for one in value:
+            yield from _flat(one)
+    elif value is not None:
+        yield value
 
 
 def _listed(record: Mapping[str, Any], key: str) -> list[Any]:

@@ -1,7 +1,7 @@
 """Where language models come from: a model fetched once, a folder, a GGUF file or the hub; and their tokenizers.
 
-Nothing is unpickled and no code that comes with a model is run, unless the caller trusts it. Transformers is imported when
-a model is asked for, not before, and what it raises becomes one line.
+Nothing is unpickled and no code that comes with a model is run, unless the user types that it is trusted. Transformers is
+imported when a model is asked for, not before, and what it raises becomes one line.
 """
 
 from __future__ import annotations
@@ -797,7 +797,9 @@ def _end_of(tokenizer: Any) -> int:
 
 def _gguf_tokenizer(file: Path) -> Any:
     _need_gguf(f"tokenizer '{file}'")
-    tokenizer = _transformers().AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    tokenizer = _transformers().AutoTokenizer.from_pretrained(
+        str(file.parent), gguf_file=file.name, trust_remote_code=trusts_remote_code()
+    )
     if _gguf_facts(file).get("tokenizer.ggml.pre") == "smollm":
         # Transformers does not know this one and leaves digits with the blanks before them, so that the two line ends of
         # "\n\n1." become two tokens where the model has learnt one. llama.cpp splits at every digit first.
@@ -905,7 +907,7 @@ def _reading(what: str, name: str, place: Path | None) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # tokenizers raises Exception itself, others what they like
-        if "trust_remote_code" in str(error):
+        if "trust_remote_code" in str(error) and not trusts_remote_code():
             raise DataError(
                 f"{what} '{name}': comes with code of its own, which could do all that you can do; type --trust-remote-code "
                 "if you trust who made it, or use another"

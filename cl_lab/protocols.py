@@ -151,11 +151,12 @@ class Learner(Protocol):
 class Strategy:
     """A way to learn a stream without forgetting it. Every hook does nothing unless overridden.
 
-    Order within a run: :meth:`prepare`; then per experience :meth:`before_experience`, :meth:`training_set`, and per step
-    :meth:`mix` → :meth:`learning_rate` → forward → loss → :meth:`adjust_loss` → backward → :meth:`observe_outputs` →
-    :meth:`adjust_gradients` → optimiser → :meth:`after_step`; then :meth:`after_experience`. Where the stream hides its
-    boundaries, :meth:`before_experience` and :meth:`after_experience` are not called and :meth:`training_set` is not
-    asked, unless the strategy :attr:`learns_when_asked`. Test sets go through :meth:`encode` and :meth:`predict`.
+    Order within a run: :meth:`prepare` and :meth:`prepared`; then per experience :meth:`before_experience`,
+    :meth:`training_set`, and per step :meth:`mix` → :meth:`learning_rate` → forward → loss → :meth:`adjust_loss` → backward
+    → :meth:`observe_outputs` → :meth:`adjust_gradients` → optimiser → :meth:`after_step`; then :meth:`after_experience`.
+    Where the stream hides its boundaries, :meth:`before_experience` and :meth:`after_experience` are not called and
+    :meth:`training_set` is not asked, unless the strategy :attr:`learns_when_asked`. Test sets go through :meth:`encode`
+    and :meth:`predict`.
     """
 
     needs_boundaries: ClassVar[bool] = False
@@ -199,6 +200,9 @@ class Strategy:
     def prepare(self, model: nn.Module, stream: Stream) -> nn.Module:
         """Change the model before the engine wraps it (adapters, splitting); returns the model to train."""
         return model
+
+    def prepared(self, model: nn.Module) -> None:
+        """Look at the model once every strategy of the chain has prepared it; nothing may change any more."""
 
     def before_experience(self, experience: Experience, learner: Learner) -> None:
         """A new experience begins."""

@@ -1499,9 +1499,11 @@ def _draw_first_steps(axes: Axes, tasks: Sequence[Mapping[str, Any]]) -> None:
 
     for i, t in enumerate(tasks):
         style = _style(i, False)
-        xs, ys = ([k * point[side] for point in t["first_steps"]] for side, k in ((0, 100.0), (1, 100.0)))
+        back, points = t.get("along") or (), t["first_steps"]
+        if back and t["memorised"]:  # of the same rows as what came back, which are not all of the test set
+            points = [[0.0, t["original"]], *([point["share"], point["forgotten"]] for point in back)]
+        xs, ys = ([100 * point[side] for point in points] for side in (0, 1))
         axes.plot(xs, ys, color=style.colour, linestyle=style.line, marker=style.marker, markersize=3.5, linewidth=1.3)
-        back = t.get("along") or ()
         xs, ys = ([100 * point[side] for point in back] for side in ("share", "recovered"))
         axes.plot(
             xs, ys, color=style.colour, linestyle=":", marker=style.marker, markersize=3.5, linewidth=1.1, mfc="none"

@@ -400,7 +400,8 @@ class Trainer:
             )
             self.learner.train_mode()
         if self._position.step in self.config.checkpoint.weights_at and not ends:
-            self._keep_weights(f"{experience.index}+{self._position.step}")
+            with self._timed(None):
+                self._keep_weights(f"{experience.index}+{self._position.step}")
         signal_name = self._asked_to_stop()
         if signal_name is not None:
             path = self._save()

@@ -9,6 +9,7 @@ import csv
 import functools
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import math
@@ -644,7 +645,10 @@ def _load_hub(name: str, identifier: str, configuration: str | None) -> dict[str
             f"tasks: '{name}' needs the package datasets; pip install datasets, or save the set as .jsonl and give its path"
         ) from error
     try:
-        loaded = datasets.load_dataset(identifier, configuration)
+        # Versions that can run a script that comes with a set do so unless they are told not to.
+        options = {"trust_remote_code": False}
+        known = inspect.signature(datasets.load_dataset).parameters
+        loaded = datasets.load_dataset(identifier, configuration, **{k: v for k, v in options.items() if k in known})
         names = {"train": "train", "test": next((p for p in ("test", "validation") if p in loaded), "")}
         if "train" not in loaded:
             raise DataError(f"text-stream: '{name}' has no split train, only {', '.join(loaded)}; save it as .jsonl")

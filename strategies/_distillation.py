@@ -161,7 +161,11 @@ class Unmasked:
     def of(self, outputs: Tensor) -> Tensor | None:
         """The unmasked outputs of the latest pass, or ``None`` where that pass did not give ``outputs``."""
         latest, self._pass = self._pass, None
-        return latest[1] if latest is not None and latest[0].data_ptr() == outputs.data_ptr() else None
+        if latest is None or latest[0].shape != outputs.shape:
+            return None
+        if latest[0].dtype == outputs.dtype:
+            return latest[1] if latest[0].data_ptr() == outputs.data_ptr() else None
+        return latest[1] if torch.equal(latest[0].float(), outputs.float()) else None  # widened, from bf16
 
 
 def answer_places(batch: Batch, learner: Learner) -> Tensor:

@@ -60,17 +60,19 @@ class PrefixCache:
 
     def _keep(self, name: bytes, h: Tensor) -> None:
         if len(self) == len(self._rows):
-            self._grow(max(_ROWS, 2 * len(self)), h.shape)
+            self._grow(h.shape)
         self._rows[len(self)] = h
         self._places[name] = len(self)
 
-    def _grow(self, rows: int, shape: torch.Size) -> None:
+    def _grow(self, shape: torch.Size) -> None:
+        rows, row = max(_ROWS, 2 * len(self)), math.prod(shape) * 4
         if not self._on_disk:
-            needed, free = (rows - len(self)) * math.prod(shape) * 4, psutil.virtual_memory().available
-            if needed > free:
+            free = psutil.virtual_memory().available
+            rows = min(rows, len(self) + free // row)
+            if rows == len(self):
                 raise ConfigError(
-                    f"freeze: cache = 'memory': room for {rows} samples takes {needed / 2**30:.1f} GiB more but "
-                    f"{free / 2**30:.1f} GiB are free; set cache=disk, or cache=none"
+                    f"freeze: cache = 'memory': {len(self)} samples are kept, another takes {row / 2**20:.1f} MiB and "
+                    f"{free / 2**20:.1f} MiB are free; set cache=disk, or cache=none"
                 )
             grown = torch.empty(rows, *shape)
             grown[: len(self)] = self._rows.view(-1, *shape)
@@ -81,7 +83,7 @@ class PrefixCache:
                 cache_root().mkdir(parents=True, exist_ok=True)
                 self._file = tempfile.TemporaryFile(dir=cache_root(), prefix="prefix-")  # noqa: SIM115
                 weakref.finalize(self, self._file.close)
-            size = rows * math.prod(shape) * 4
+            size = rows * row
             self._file.truncate(size)
             if hasattr(os, "posix_fallocate"):  # a sparse file on a full disk would end the process with SIGBUS later
                 os.posix_fallocate(self._file.fileno(), 0, size)

@@ -76,9 +76,11 @@ class Freeze(Strategy):
         self._patterns = list(self.modules)
         if self.layers or self.embeddings:
             self._patterns += self._bottom(model)
+        return model
+
+    def prepared(self, model: nn.Module) -> None:
         for pattern in self.modules:  # a misspelt path is told now, not where the first experience has been learnt
             named_by(model, pattern)
-        return model
 
     def _bottom(self, model: Any) -> list[str]:
         """Paths of the modules in the bottom layers; cuts the model behind them where they are to be cached."""

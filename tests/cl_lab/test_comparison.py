@@ -91,6 +91,42 @@ def test_a_run_keeps_its_results_under_another_label(tmp_path: Path, caplog: pyt
     assert (tmp_path / "runs" / "stray-seed0" / "run.json").read_text() == "{damaged"
 
 
+@pytest.mark.parametrize("ends", ["run.json", "config.yaml", "rename"])
+def test_a_kill_while_a_run_is_renamed_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    small, large = ({"name": "replay", "memory": n} for n in (10, 20))
+    first = compare(settings(strategies=[small]), tmp_path)["rows"][0]["runs"][0]
+    write, rename, place = experiment.write_atomically, Path.rename, tmp_path / "runs" / "replay-seed0"
+
+    def killed(path: Path, content: str) -> None:
+        if path == place / ends:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    def not_renamed(path: Path, to: Path) -> Path:
+        if path == place and ends == "rename":
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(experiment, "write_atomically", killed)
+        broken.setattr(Path, "rename", not_renamed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(settings(strategies=[small, large]), tmp_path, resume=True)
+    rows = compare(settings(strategies=[small, large]), tmp_path, resume=True)["rows"]
+    assert [row["strategy"] for row in rows] == ["replay(memory=10)", "replay(memory=20)"]
+    assert rows[0]["runs"][0]["finished"] == first["finished"]
+
+
+def test_a_run_that_names_a_knob_of_before_can_be_read(tmp_path: Path) -> None:
+    compare(settings(), tmp_path)
+    file = tmp_path / "runs" / "naive-seed0" / "config.yaml"
+    file.write_text(file.read_text().replace("name: mlp", "trust_remote_code: false\n  name: mlp"))
+    assert "trust_remote_code" in file.read_text()
+    assert compare(settings(), tmp_path, resume=True)["rows"][0]["runs"][0]["status"] == "finished"
+
+
 def test_a_comparison_leaves_a_single_run_its_settings(tmp_path: Path) -> None:
     run(settings(training={"lr": 0.2}), tmp_path / "out")
     before = (tmp_path / "out" / "config.yaml").read_text()

@@ -368,11 +368,16 @@ def test_a_tensor_that_two_modules_share_is_frozen_by_either_name() -> None:
 
 
 def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(
-        ConfigError, match=r"cache = 'memory': room for 64 samples takes .* set cache=disk, or cache=none"
-    ):
-        run([{"name": "freeze", "layers": 1, "cache": "memory"}], toys.stream(), model=toys.MLP)
+    """As many samples as there is room for are kept, in place of twice as many as before."""
+    cached = [{"name": "freeze", "layers": 1, "cache": "memory"}]
+    whole = run(cached, toys.stream(), model=toys.MLP)
+    row = int(whole.record.measures[-1]["freeze/cached_bytes"] / whole.record.measures[-1]["freeze/cached_samples"])
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10 * row))
+    little = run(cached, toys.stream(), model=toys.MLP)
+    assert not toys.differing(toys.weights_of(whole), toys.weights_of(little))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=row - 1))
+    with pytest.raises(ConfigError, match=r"cache = 'memory': 0 samples are kept, another takes .*; set cache=disk"):
+        run(cached, toys.stream(), model=toys.MLP)
 
 
 @pytest.mark.parametrize("cache", ["memory", "disk"])

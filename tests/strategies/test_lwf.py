@@ -90,10 +90,13 @@ def test_divergence_by_finite_differences() -> None:
 # -- the loss ------------------------------------------------------------------------------------------------------
 
 
-def learning(incremental: str, head: str, tasks: int = 3, **knobs: Any) -> tuple[Trainer, LwF, Batch]:
+def learning(
+    incremental: str, head: str, tasks: int = 3, precision: str = "fp32", **knobs: Any
+) -> tuple[Trainer, LwF, Batch]:
     """A trainer in the middle of its last experience: the past learnt, the teacher taken, the model moved on since."""
     on = toys.stream(incremental=incremental, experiences=tasks)
-    trainer = toys.trainer([{"name": "lwf", **knobs}], on, model={**toys.MLP, "head": head})
+    how = {"model": {**toys.MLP, "head": head}, "engine": {"precision": precision}}
+    trainer = toys.trainer([{"name": "lwf", **knobs}], on, **how)
     (strategy,) = trainer.strategy.links
     assert isinstance(strategy, LwF)
     learner = trainer.learner
@@ -194,8 +197,9 @@ def gradients(trainer: Trainer, strategy: LwF, batch: Batch) -> tuple[float, dic
     return float(loss.detach()), {n: p.grad.clone() for n, p in learner.model.named_parameters()}
 
 
-def test_one_pass_equals_one_pass_per_task() -> None:
-    trainer, strategy, batch = learning("task", "multi", tasks=4)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_pass_equals_one_pass_per_task(precision: str) -> None:
+    trainer, strategy, batch = learning("task", "multi", tasks=4, precision=precision)
     passes: list[int] = []
     trainer.learner.model.register_forward_hook(lambda *_: passes.append(1))
     loss, short = gradients(trainer, strategy, batch)
@@ -204,9 +208,10 @@ def test_one_pass_equals_one_pass_per_task() -> None:
     strategy._one_pass = False
     loss_too, long = gradients(trainer, strategy, batch)
     assert len(passes) == 1 + 4
-    assert loss == pytest.approx(loss_too, rel=1e-6)
+    exact = precision == "fp32"
+    assert loss == pytest.approx(loss_too, rel=1e-6 if exact else 1e-2)
     for name, value in short.items():
-        assert torch.allclose(value, long[name], atol=1e-6), name
+        assert torch.allclose(value, long[name], atol=1e-6 if exact else 0.05), name
     old = [c for e in trainer.stream.experiences[:-1] for c in e.classes]
     assert short["head.linear.weight"][old].abs().sum() > 0, "old heads learn, too"
 
