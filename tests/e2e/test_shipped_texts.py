@@ -79,7 +79,7 @@ def texts(tmp_path: Path) -> Path:
                     "scenario.last_names=8",
                 ),
                 *("scenario.test_samples=6", "training.epochs=1", "training.first={epochs: 1}"),
-                *("model.layers=3", "model.width=16", "model.heads=2"),
+                *("model.layers=4", "model.width=16", "model.heads=2"),
             ],
         ),
     ],
