@@ -19,6 +19,7 @@ import typer
 from cl_lab import __version__
 from cl_lab.errors import ConfigError, DataError, EditError, Interrupted, UserError, nearest
 
+_TRUST = "--trust-remote-code"
 _TRUSTED = "CL_LAB_TRUST_REMOTE_CODE"  # cl_lab.hub's name of it: --help has no time for that module
 
 app = typer.Typer(
@@ -899,7 +900,7 @@ def _version(
     trust_remote_code: Annotated[
         bool,
         typer.Option(
-            "--trust-remote-code",
+            _TRUST,
             help="Run code, and read pickles, that come with a language model: they can do all that you can do. May stand "
             "anywhere on the line.",
         ),
@@ -915,9 +916,9 @@ def _version(
 def main() -> None:
     """Entry point: runs the command, and turns what the user can mend into one line and exit code 2."""
     debug = "--debug" in sys.argv[1:]
-    arguments = [a for a in sys.argv[1:] if a not in ("--debug", "--trust-remote-code")]
-    if "--trust-remote-code" in sys.argv[1:]:
-        os.environ[_TRUSTED] = "1"
+    arguments = [a for a in sys.argv[1:] if a not in ("--debug", _TRUST)]
+    if _TRUST in sys.argv[1:]:
+        arguments.insert(0, _TRUST)  # where the callback above reads it
     from cl_lab.display import configure_logging
 
     configure_logging()

@@ -91,7 +91,7 @@ def _moved(folder: Path, crossed: Sequence[tuple[RunConfig, Path, str]]) -> dict
 
 def _move(there: Path, place: Path, settings: RunConfig, label: str) -> None:
     try:
-        experiment.call(there, place, settings, label)
+        experiment.rename(there, place, settings, label)
     except OSError as error:
         raise UserError(f"cannot move '{there}' to '{place}': {error.strerror}; mend it, then --resume") from error
     log.info("%s is called '%s' now; it lies in %s", there, label, place)

@@ -131,15 +131,20 @@ def verdict(
     before: float, original: float, forgotten: float, recovered: float, control: float, n: int, threshold: float
 ) -> tuple[float | None, str]:
     """The recovery ratio and the verdict of :func:`diagnose` on five shares of ``n`` rows."""
-    drop = original - forgotten
-    if drop <= chance_of(original, forgotten, n):
+    ratio = recovery_ratio(original, forgotten, recovered, n)
+    if ratio is None:
         return None, "not learnt" if original - before <= chance_of(original, before, n) else "kept"
-    ratio = (recovered - forgotten) / drop
     if ratio < _LOW:
         return ratio, "knowledge lost"
     if recovered - control <= chance_of(recovered, control, n):
         return ratio, "cannot tell"
     return ratio, "alignment lost" if ratio >= threshold else "partly"
+
+
+def recovery_ratio(original: float, forgotten: float, recovered: float, n: int) -> float | None:
+    """(recovered − forgotten) / (original − forgotten); ``None`` where no more was lost than chance may do."""
+    drop = original - forgotten
+    return None if drop <= chance_of(original, forgotten, n) else (recovered - forgotten) / drop
 
 
 def chance_of(p: float, q: float, n: int) -> float:
@@ -357,9 +362,7 @@ class _Diagnosed:
                 forgotten = self.score(point, plan.b)
                 self.recover(point, plan, observer)
                 recovered = self._score(plan.b)
-            drop = original - forgotten
-            ratio = None if drop <= chance_of(original, forgotten, n) else (recovered - forgotten) / drop
-            share = step / taken
+            ratio, share = recovery_ratio(original, forgotten, recovered, n), step / taken
             found.append({"step": step, "share": share, "forgotten": forgotten, "recovered": recovered, "ratio": ratio})
         return found
 

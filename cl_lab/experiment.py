@@ -564,7 +564,7 @@ def is_run_of(folder: Path, config: RunConfig) -> bool:
     return _difference(before, now, "") is None
 
 
-def call(folder: Path, to: Path, config: RunConfig, label: str) -> None:
+def rename(folder: Path, to: Path, config: RunConfig, label: str) -> None:
     """Move the run of ``config`` in ``folder`` to ``to``, under another label. Raises :class:`OSError`."""
     document = read_document(folder)
     assert document is not None

@@ -646,9 +646,8 @@ def _load_hub(name: str, identifier: str, configuration: str | None) -> dict[str
         ) from error
     try:
         # Versions that can run a script that comes with a set do so unless they are told not to.
-        options = {"trust_remote_code": False}
-        known = inspect.signature(datasets.load_dataset).parameters
-        loaded = datasets.load_dataset(identifier, configuration, **{k: v for k, v in options.items() if k in known})
+        can = "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters
+        loaded = datasets.load_dataset(identifier, configuration, **({"trust_remote_code": False} if can else {}))
         names = {"train": "train", "test": next((p for p in ("test", "validation") if p in loaded), "")}
         if "train" not in loaded:
             raise DataError(f"text-stream: '{name}' has no split train, only {', '.join(loaded)}; save it as .jsonl")

@@ -364,7 +364,8 @@ def test_a_tensor_that_two_modules_share_is_frozen_by_either_name() -> None:
     on = toys.stream(form="texts", scoring="first-token")
     for path in ("head", "head.linear", "backbone.model.embed_tokens"):
         trainer = run([{"name": "freeze", "modules": [path], "from_experience": 0}], on, model=TINY)
-        assert trainer.strategy.links[0]._frozen == ["backbone.model.embed_tokens.weight"]  # type: ignore[attr-defined]
+        (link,) = trainer.strategy.links
+        assert link.state_dict() == {"frozen": ["backbone.model.embed_tokens.weight"]}
 
 
 def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
