@@ -126,13 +126,28 @@ def _first_tokens(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tenso
     return say(_asked(batch, prompt))[:, 0].float()[:, answers[:, 0]]
 
 
+def _few_rows(batch: Batch, answers: Tensor) -> Iterator[Batch]:
+    """``batch`` in parts of so few rows that all of ``answers`` ``[K, A]`` may stand behind each prompt at once.
+
+    Prompts are long and answers short, so a prompt that is read again for other answers costs most.
+    """
+    places = len(answers) * _longest(answers)
+    for rows in torch.arange(len(batch), device=batch.x.device).split(max(1, _PLACES // places)):
+        yield _rows(batch, rows)
+
+
+def _longest(answers: Tensor) -> int:
+    """How many tokens the longest of ``answers`` ``[K, A]`` has."""
+    return int((answers != PAD).sum(1).max())
+
+
 def _together(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Some of ``answers`` ``[k, A']`` after another, and the logits ``[B, k, A', vocabulary]`` at their places.
 
     As many answers as :data:`_PLACES` allows stand behind each prompt at once, so that it is read but once for them.
     """
-    n, longest = len(batch), answers.shape[1]
-    for some in answers.split(max(1, _PLACES // (n * longest))):
+    n = len(batch)
+    for some in answers.split(max(1, _PLACES // (n * _longest(answers)))):
         x = torch.cat([batch.x[:, :prompt], some.flatten().expand(n, -1).to(batch.x.dtype)], 1)
         said = say(replace(batch, x=x)).unflatten(1, (len(some), -1)).float()
         yield some[:, : said.shape[2]], said
@@ -140,12 +155,15 @@ def _together(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Iterator[
 
 def _likelihoods(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
     """``[B, K]`` log-probabilities of the answers, their end included."""
-    values = []
-    for tokens, said in _together(batch, say, answers, prompt):
-        given = tokens.clamp(min=0).expand(len(batch), -1, -1)[..., None]
-        picked = said.log_softmax(3).gather(3, given).squeeze(3)
-        values.append((picked * (tokens != PAD)).sum(2))
-    return torch.cat(values, 1)
+    rows = []
+    for part in _few_rows(batch, answers):
+        values = []
+        for tokens, said in _together(part, say, answers, prompt):
+            given = tokens.clamp(min=0).expand(len(part), -1, -1)[..., None]
+            picked = said.log_softmax(3).gather(3, given).squeeze(3)
+            values.append((picked * (tokens != PAD)).sum(2))
+        rows.append(torch.cat(values, 1))
+    return torch.cat(rows)
 
 
 def _freely(batch: Batch, say: Say, answers: Tensor, prompt: int, longest: int) -> Tensor:
@@ -153,23 +171,27 @@ def _freely(batch: Batch, say: Say, answers: Tensor, prompt: int, longest: int) 
     lengths = (answers != PAD).sum(1)
     kept = (lengths <= longest).nonzero().squeeze(1)
     some, longest = answers[kept], int(lengths[kept].max())
-    # Columns of one pass against those of a pass for each token.
-    few = len(some) * answers.shape[1] <= (longest - 1) * prompt
-    found = _compare(batch, say, some, prompt) if few else _write(batch, say, some[:, :longest], prompt)
+    if len(some) * longest <= (longest - 1) * prompt:  # columns of one pass against those of a pass for each token
+        found = _compare(batch, say, some, prompt)
+    else:
+        found = _write(batch, say, some[:, :longest], prompt)
     return torch.where(found >= 0, kept[found.clamp(min=0)], found)
 
 
 def _compare(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
     """What :func:`_write` finds, without writing."""
-    written, broken = [], torch.zeros(len(batch), dtype=torch.bool, device=batch.x.device)
-    for tokens, said in _together(batch, say, answers, prompt):
-        best, token = said.max(3)
-        asked = tokens != PAD
-        written.append(((token == tokens) | ~asked).all(2))
-        broken |= (~best.isfinite() & asked).flatten(1).any(1)
-    same = torch.cat(written, 1)  # [B, K]; one at most, as no answer is the beginning of another
-    found = torch.where(same.any(1), same.int().argmax(1), NONE)
-    return torch.where(broken, BROKEN, found)
+    found = []
+    for part in _few_rows(batch, answers):
+        written, broken = [], torch.zeros(len(part), dtype=torch.bool, device=batch.x.device)
+        for tokens, said in _together(part, say, answers, prompt):
+            best, token = said.max(3)
+            asked = tokens != PAD
+            written.append(((token == tokens) | ~asked).all(2))
+            broken |= (~best.isfinite() & asked).flatten(1).any(1)
+        same = torch.cat(written, 1)  # [B, K]; one at most, as no answer is the beginning of another
+        some = torch.where(same.any(1), same.int().argmax(1), NONE)
+        found.append(torch.where(broken, BROKEN, some))
+    return torch.cat(found)
 
 
 def _write(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:
@@ -188,10 +210,11 @@ def _written(batch: Batch, say: Say, answers: Tensor, prompt: int) -> tuple[Tens
     going = torch.ones(n, dtype=torch.bool, device=batch.x.device)
     broken = torch.zeros_like(going)
     for place in range(longest):
-        best, token = say(_asked(batch, prompt, written[:, :place]))[:, place].float().max(1)
-        broken |= going & ~best.isfinite()
-        written[:, place] = torch.where(going, token, PAD)
-        going = going & ~torch.isin(token, ends)
-        if not going.any():
+        rows = going.nonzero().squeeze(1)
+        if not len(rows):
             break
+        best, token = say(_asked(_rows(batch, rows), prompt, written[rows, :place]))[:, place].float().max(1)
+        broken[rows] |= ~best.isfinite()
+        written[rows, place] = token
+        going[rows] = ~torch.isin(token, ends)
     return written, broken

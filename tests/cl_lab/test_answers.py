@@ -101,6 +101,22 @@ def test_writing_goes_on_from_what_was_written() -> None:
     assert seen == [[PAD, PAD, PAD], [10, PAD, PAD], [10, 9, PAD]], "the right answer in the batch is not looked at"
 
 
+def test_what_is_written_to_its_end_is_not_read_again() -> None:
+    """The first two rows say 11 and the end, the others 10, 9 and the end."""
+    on = toys.stream(form="texts")
+    assert on.answers is not None
+    batch, rows = asked(on), []
+    batch.x[:, 0] = torch.arange(4)
+
+    def say(some: Batch) -> Tensor:
+        rows.append(some.x[:, 0].tolist())
+        both = [saying(tokens)(some) for tokens in ([11, 1, 1], [10, 9, 1])]
+        return torch.where((some.x[:, 0] < 2)[:, None, None], *both)
+
+    assert answers._write(batch, say, on.answers, toys.PROMPT).tolist() == [1, 1, 0, 0]
+    assert rows == [[0, 1, 2, 3], [0, 1, 2, 3], [2, 3]]
+
+
 def test_the_likeliest_answer_counts_its_end() -> None:
     """Token 10 is likelier than 11, but its answer goes on with 9, which is never said."""
 
@@ -116,9 +132,22 @@ def test_the_likeliest_answer_counts_its_end() -> None:
     assert find_answers(asked(first), say, first).tolist() == [0] * 4
 
 
-@pytest.mark.parametrize("places", [1, 24, 1024])
-def test_answers_may_be_asked_for_together(places: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One, two or all at a time: the same log-probabilities, those of the tokens one after another."""
+@pytest.mark.parametrize(
+    ("places", "asked_for"),
+    [
+        (1, [(1, 1)] * 8),
+        (6, [(1, 2)] * 4),
+        (12, [(2, 2)] * 2),
+        (18, [(3, 2), (1, 2)]),
+        (24, [(4, 2)]),
+        (1024, [(4, 2)]),
+    ],
+)
+def test_answers_may_be_asked_for_together(
+    places: int, asked_for: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All answers behind as few prompts as need be, one by one only where even one prompt's are too many: the same
+    log-probabilities, those of the tokens one after another."""
     monkeypatch.setattr(answers, "_PLACES", places)
     on = toys.stream(form="texts", scoring="constrained", incremental="domain")
     assert on.answers is not None
@@ -128,7 +157,7 @@ def test_answers_may_be_asked_for_together(places: int, monkeypatch: pytest.Monk
 
     def say(batch: Batch) -> Tensor:
         given = batch.x[:, toys.PROMPT :].long().unflatten(1, (-1, toys.ANSWER))
-        calls.append(given.shape[1])
+        calls.append(tuple(given.shape[:2]))
         before = torch.cat([torch.full_like(given[:, :, :1], VOCABULARY), given[:, :, :-1]], 2)
         return table[before.clamp(min=0)].flatten(1, 2)
 
@@ -137,8 +166,7 @@ def test_answers_may_be_asked_for_together(places: int, monkeypatch: pytest.Monk
     log_p = table.log_softmax(1)
     expected = [log_p[VOCABULARY, 10] + log_p[10, 9] + log_p[9, 1], log_p[VOCABULARY, 11] + log_p[11, 1]]
     assert torch.allclose(found, torch.stack(expected).expand(4, -1), atol=1e-5)
-    assert sum(calls) == 2
-    assert len(calls) == (1 if places >= 24 else 2)
+    assert calls == asked_for
 
 
 @pytest.mark.parametrize("scoring", ["constrained", "first-token"])
@@ -189,21 +217,22 @@ def test_an_opening_is_right_where_the_likeliest_token_begins_the_right_answer(s
 
 
 def test_writing_stops_at_a_length() -> None:
-    """A stream may hold whole texts beside short answers: nobody waits for a model that writes on and on."""
+    """A stream may hold whole texts beside short answers: nobody waits for a model that writes on and on.
+
+    Prompts are so short here that writing is cheaper than to have all answers read.
+    """
     on = toys.stream(form="texts")
     assert on.answers is not None
     table = torch.nn.functional.pad(on.answers, (0, 17), value=PAD)
     table[2, :19] = 15  # of another task
     table[2, 19] = 1
-    long = replace(
-        on, answers=table, layout={"prompt": (toys.PROMPT,), "answer": (20,)}, input_shape=(toys.PROMPT + 20,)
-    )
+    long = replace(on, answers=table, layout={"prompt": (2,), "answer": (20,)}, input_shape=(22,))
     batch = asked(on)
-    batch = replace(batch, x=torch.nn.functional.pad(batch.x, (0, 17), value=PAD))
+    batch = replace(batch, x=torch.nn.functional.pad(batch.x[:, toys.PROMPT - 2 :], (0, 17), value=PAD))
     calls = []
 
     def say(batch: Batch) -> Tensor:
-        calls.append(int((batch.x[0, toys.PROMPT :] != PAD).sum()))
+        calls.append(int((batch.x[0, 2:] != PAD).sum()))
         out = torch.zeros(len(batch), calls[-1] + 1, VOCABULARY)
         out[:, :, 9] = 1.0
         return out
