@@ -1,7 +1,7 @@
-"""How much of a reference text another text says: ROUGE-L and the F1 of words, each in [0, 1].
+"""How much of a reference text another text says: ROUGE-L, the F1 of words, or whether the first line is right.
 
-For answers that may be worded in many ways, where an exact match would tell nothing. Both take whole texts, and of scripts
-that put no space between words, Chinese and Japanese, each character as a word.
+For answers that may be worded in many ways, where an exact match would tell nothing: each in [0, 1]. The former two take
+whole texts, and of scripts that put no space between words, Chinese and Japanese, each character as a word.
 """
 
 from __future__ import annotations
@@ -47,7 +47,19 @@ def word_f1(said: str, reference: str) -> float:
     return 2 * (one & other).total() / (one.total() + other.total())
 
 
-OVERLAPS: Mapping[str, Callable[[str, str], float]] = {"rouge-l": rouge_l, "f1": word_f1}
+def first_line(said: str, reference: str) -> float:
+    """1 where the first lines are the same up to capitals and spaces, else 0; what stands behind them is not looked at.
+
+    Of a choice with its reasons (ScienceQA: ``B``, a line's end, why) this is whether the choice is right, which is what
+    TRACE counts (Wang et al. 2023, arXiv 2310.06762). Lines with nothing in them are passed over.
+    """
+    one, other = (
+        next(filter(None, map(str.strip, _folded(text).splitlines())), "").split() for text in (said, reference)
+    )
+    return float(one == other)
+
+
+OVERLAPS: Mapping[str, Callable[[str, str], float]] = {"rouge-l": rouge_l, "f1": word_f1, "first-line": first_line}
 """By the names of :data:`cl_lab.records.Measure`."""
 
 

@@ -29,12 +29,12 @@ Scoring = Literal["generation", "constrained", "first-token", "opening"]
 
 *opening* asks less: whether the likeliest of all tokens is the one that the right answer begins with.
 """
-Measure = Literal["exact", "rouge-l", "f1"]
+Measure = Literal["exact", "rouge-l", "f1", "first-line"]
 """What a written answer is worth: 1 where it is the right one and else 0, or how much of it is in the right one.
 
-The latter two are :func:`cl_lab.overlap.rouge_l` and :func:`cl_lab.overlap.word_f1`.
+The latter three are :func:`cl_lab.overlap.rouge_l`, :func:`cl_lab.overlap.word_f1` and :func:`cl_lab.overlap.first_line`.
 """
-_SCORES: dict[str, str] = {"exact": "accuracy", "rouge-l": "ROUGE-L", "f1": "word F1"}
+_SCORES: dict[str, str] = {"exact": "accuracy", "rouge-l": "ROUGE-L", "f1": "word F1", "first-line": "accuracy"}
 
 PAD = -1
 """What stands in a row of tokens where there is none: no vocabulary has it, so no tokenizer needs a pad token."""

@@ -60,8 +60,9 @@ class TextStream(Scenario):
     fit ``max_answer``; longer free answers are cut.
 
     Free answers can be worded in many ways. With ``measure`` what the model writes, up to ``max_answer`` tokens, is compared
-    as words with the whole right text, also where that was cut to be learnt: ``rouge-l`` (Lin 2004) or ``f1`` (SQuAD's);
-    both are described in :mod:`cl_lab.overlap`. A task's score is then the mean over its rows, in [0, 1]; no share of valid
+    as words with the whole right text, also where that was cut to be learnt: ``rouge-l`` (Lin 2004) or ``f1`` (SQuAD's). Of
+    answers with reasons behind them (ScienceQA: a letter, then why), ``first-line`` asks for the first line alone. All are
+    described in :mod:`cl_lab.overlap`. A task's score is then the mean over its rows, in [0, 1]; no share of valid
     answers is given, there being no set of them.
 
     ``style_mix`` is SEFE's answer-style diversification (``style-mix``), against forgetting of the form alone: that share
@@ -94,8 +95,8 @@ class TextStream(Scenario):
     )
     measure: Measure | dict[str, Measure] = knob(
         "exact",
-        "what a freely written answer is worth: exact (1 or 0), rouge-l or f1 (overlap with the whole right text); for "
-        "tasks without labels, or by task: {MeetingBank: rouge-l}",
+        "what a freely written answer is worth: exact (1 or 0), rouge-l or f1 (overlap with the whole right text), "
+        "first-line (1 where its first line is right); for tasks without labels, or by task: {MeetingBank: rouge-l}",
     )
     train_samples: int | None = knob(
         None,

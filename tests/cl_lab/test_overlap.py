@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cl_lab.overlap import _common, rouge_l, word_f1
+from cl_lab.overlap import _common, first_line, rouge_l, word_f1
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,25 @@ def test_rouge_l_by_hand(said: str, reference: str, expected: float) -> None:
 def test_word_f1_by_hand(said: str, reference: str, expected: float) -> None:
     assert word_f1(said, reference) == pytest.approx(expected)
     assert word_f1(reference, said) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("said", "reference", "expected"),
+    [
+        ("B\nA fact can be proved.", "B\nFelipe VI is the king.", 1.0),
+        (" b ", "B\nFelipe VI is the king.", 1.0),
+        ("\n\nB\nwhy", "B", 1.0),  # empty lines are passed over
+        ("B A fact can be proved.", "B\nA fact can be proved.", 0.0),  # the line goes on
+        ("A\nB", "B\nA", 0.0),
+        ("", "B", 0.0),
+        ("two  words", "Two words\nand why", 1.0),
+        ("BB", "B", 0.0),
+        ("e\u0301te\r\n", "\u00e9te", 1.0),
+    ],
+)
+def test_first_lines_by_hand(said: str, reference: str, expected: float) -> None:
+    assert first_line(said, reference) == expected
+    assert first_line(reference, said) == expected
 
 
 def by_table(one: str, other: str) -> int:

@@ -10,6 +10,7 @@ import sys
 import types
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from cl_lab import hub, knobs
+from cl_lab.answers import grade_answers
 from cl_lab.errors import ConfigError, DataError, UserError
 from cl_lab.records import PAD, Experience, Stream, TensorData
 from cl_lab.seeding import generator
@@ -735,6 +737,27 @@ def test_free_answers_are_compared_with_their_whole_text(data: Path, tmp_path: P
     assert {answer for _, answer in said(stream, tokenizer, first.test)} == {" one two three"}
     assert made([str(folder)], measure="f1").score == "word F1"
     assert made([str(folder)], measure="f1").fingerprint() != made([str(folder)], measure="rouge-l").fingerprint()
+
+
+def test_of_an_answer_with_reasons_the_first_line_counts(data: Path, tmp_path: Path) -> None:
+    """As TRACE scores ScienceQA: reasons are learnt as far as they fit, the choice before them is what is right or wrong."""
+    rows = [{"prompt": f"{i}?", "answer": f"{'AB'[i % 2]}\nfor reason {i} of many"} for i in range(8)]
+    for part in ("train", "test"):
+        write(tmp_path / "chosen" / f"{part}.json", rows)
+    stream = made([str(tmp_path / "chosen"), "agnews"], max_answer=6, measure={"chosen": "first-line"})
+    assert stream.measures == ("first-line", "exact")
+    assert stream.score == "accuracy", "both count right answers"
+
+    class Lines(Words):
+        def decode(self, tokens: Sequence[int]) -> str:
+            return "b\nanother reason" if tokens else ""
+
+    stream = replace(stream, tokenizer=Lines())
+    batch = stream.experiences[0].test.batch(torch.arange(8))
+    grades = grade_answers(batch, lambda some: torch.eye(3)[0].expand(len(some), 6, -1), stream)
+    assert grades.value.tolist() == [0.0, 1.0] * 4
+    assert not grades.valid.any()
+    assert not grades.broken.any()
 
 
 def test_a_measure_for_each_task(data: Path) -> None:
