@@ -8,7 +8,8 @@ the answer's places only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,8 @@ class CausalBackbone(Backbone):
         self._prompt, self._answer, self._room = prompt, answer, room
         self.prefix: nn.Module | None = None
         """What stands before each prompt: ``(h, read, t)`` → ``(soft, there)``, see :meth:`take_prefix`."""
+        self._read: _Prompts | None = None
+        self._remembers: bool | None = None
         parts = ("embed_tokens", "layers", "norm", "rotary_emb")  # of Llama, Qwen, Mistral and their relatives
         known = all(hasattr(decoder, p) for p in parts) and prompt + answer <= _window(decoder.config)
         self._cut_into(len(decoder.layers) if known else None)
@@ -82,24 +85,27 @@ class CausalBackbone(Backbone):
 
     def _gives_the_same(self) -> bool:
         """Whether layer by layer comes what the decoder itself gives, for a short text with two answers."""
-        decoder: Any = self.model
-        x = short_text(decoder, 8)
+        x = short_text(self.model, 8)
         mask = torch.ones_like(x, dtype=torch.bool)
         mask[:, 0] = False
+        return self._alike(lambda: (self._whole(x, mask, 4, 2)[mask], self._some(x, mask, 4, 2, 0, None)[mask]))
+
+    def _alike(self, two: Callable[[], tuple[Tensor, Tensor]]) -> bool:
+        """Whether two ways ``[N, width]`` through the decoder's first layers are ways, and give the same up to rounding."""
+        decoder: Any = self.model
         training = [module for module in decoder.modules() if module.training]
         decoder.eval()
         try:
             with torch.no_grad(), shortened(decoder):
-                whole = self._whole(x, mask, 4, 2)[mask]
-                found = self._some(x, mask, 4, 2, 0, None)[mask]
+                one, other = two()
         except (TypeError, ValueError, AttributeError, LookupError):  # its parts want to be called in another way
             return False
         finally:
             for module in training:
                 module.training = True
-        rounding = 1e-3 if whole.dtype == torch.float32 else 0.05
-        apart = (found.float() - whole.float()).norm(dim=1)
-        return bool((apart <= rounding * whole.float().norm(dim=1)).all())
+        rounding = 1e-3 if one.dtype == torch.float32 else 0.05
+        apart = (other.float() - one.float()).norm(dim=1)
+        return bool((apart <= rounding * one.float().norm(dim=1)).all())
 
     def stages(self) -> list[Stage]:
         """``model.embed_tokens``, each ``model.layers.…`` and ``model.norm``; of other families only ``model``, whole."""
@@ -134,7 +140,61 @@ class CausalBackbone(Backbone):
 
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """``[B, P + m·A]`` tokens → ``[B, m·A', width]``; ``t`` ``[B]`` for the prefix, where there is one."""
+        if self._read is not None and self.prefix is None:
+            return self._said_behind(x, self._read)
         return self._said(x, x >= 0, 0, t)
+
+    @contextmanager
+    def remembering_prompts(self) -> Iterator[None]:
+        """Within, :meth:`forward` reads a prompt once: when it comes again, only what stands behind it is read.
+
+        Each layer's attention then takes the prompt's keys and values from before, which is how texts are written token by
+        token. It forgets them where a weight has changed. Without gradients. Where the decoder runs whole, has a prefix, or
+        has an attention that does not ask for what it read before, all is as without.
+        """
+        if self._remembers is None:
+            self._remembers = self.layered and self._remembers_the_same()
+        if self._remembers:
+            self._read = _Prompts()
+        try:
+            yield
+        finally:
+            self._read = None
+
+    def _remembers_the_same(self) -> bool:
+        """Whether a short prompt with two answers gives the same read at once as read one after the other."""
+        text = short_text(self.model, self._prompt + 2 * self._answer)
+        text[:, self._prompt + self._answer + 1 :] = -1  # answers of different lengths
+        if self._prompt > 1:
+            text[:, 0] = -1
+
+        def both() -> tuple[Tensor, Tensor]:
+            read = _Prompts()
+            self._said_behind(text[:, : self._prompt + self._answer], read)
+            return self._said(text, text >= 0, 0).flatten(0, 1), self._said_behind(text, read).flatten(0, 1)
+
+        return self._alike(both)
+
+    def _said_behind(self, x: Tensor, read: _Prompts) -> Tensor:
+        """:meth:`forward`, of prompts that are in ``read`` or put there; :class:`LookupError` where attention did not."""
+        tokens, answers = x.tensor_split((self._prompt,), 1)
+        layers: Any = self.model.layers
+        if not read.find(tokens, self):
+            start = int((tokens >= 0).any(0).int().argmax())
+            mask = tokens[:, start:] >= 0
+            with read.taking(tokens, mask, self):
+                h = self._some(tokens[:, start:], mask, mask.shape[1], 0, 0, None, read)
+            read.keep(h[:, -1:], len(layers))
+        given = answers.unflatten(1, (-1, self._answer))
+        m, (_, behind) = given.shape[1], self._extent(x >= 0)
+        said = read.of_rows(read.end)[:, None].expand(-1, m, -1, -1)
+        if behind:
+            given = given[:, :, :behind].flatten(1, 2)
+            before = read.of_rows(read.mask)
+            mask = torch.cat([before, given >= 0], 1)
+            h = self._some(given, mask, before.shape[1], behind, 0, None, read)
+            said = torch.cat([said, h.unflatten(1, (m, behind))], 2)
+        return said.flatten(1, 2)
 
     def columns(self, x: Tensor) -> Tensor:
         """Which columns of ``x`` ``[B, P + m·A]`` the layers read in :meth:`forward`, int64 ``[T]``; without a prefix.
@@ -187,9 +247,22 @@ class CausalBackbone(Backbone):
         begun = h[:, None, p - 1 : p].expand(-1, m, -1, -1)
         return torch.cat([begun, h[:, p:].unflatten(1, (m, behind))], 2).flatten(1, 2)
 
-    def _some(self, h: Tensor, mask: Tensor, prompt: int, answer: int, first: int, last: int | None) -> Tensor:
-        """Some stages, of rows with answers of ``answer`` columns each from column ``prompt`` on."""
+    def _some(
+        self,
+        h: Tensor,
+        mask: Tensor,
+        prompt: int,
+        answer: int,
+        first: int,
+        last: int | None,
+        read: _Prompts | None = None,
+    ) -> Tensor:
+        """Some stages, of rows with answers of ``answer`` columns each from column ``prompt`` on.
+
+        ``h`` are all columns of ``mask``, or those behind the prompts that ``read`` holds.
+        """
         decoder: Any = self.model
+        n = h.shape[1]
         last = self._stages if last is None else last
         if first == 0:
             h = decoder.embed_tokens(h.clamp(min=0).long())
@@ -199,11 +272,12 @@ class CausalBackbone(Backbone):
             of = torch.where(column < prompt, -1, (column - prompt) // max(answer, 1))  # which answer, or the prompt
             seen = (column[:, None] >= column) & ((of == -1) | (of[:, None] == of)) & mask[:, None, None, :]
             # Every place may see itself, or a place without a token would have nothing to attend to.
-            seen = seen | (column[:, None] == column)
-            places = _places(mask, prompt, answer)
+            seen = (seen | (column[:, None] == column))[:, :, -n:]
+            places = _places(mask, prompt, answer)[:, -n:]
             turned = decoder.rotary_emb(h, position_ids=places)
+            past = {} if read is None else {"past_key_values": read}
             for layer in layers:
-                h = layer(h, attention_mask=seen, position_ids=places, position_embeddings=turned)
+                h = layer(h, attention_mask=seen, position_ids=places, position_embeddings=turned, **past)
         return decoder.norm(h) if last == self._stages else h
 
     def _whole(self, x: Tensor, mask: Tensor, prompt: int, answer: int) -> Tensor:
@@ -220,6 +294,62 @@ class CausalBackbone(Backbone):
             out = self.model(**{how: x[:, own]}, attention_mask=read.long(), position_ids=places, use_cache=False)
             said.append(out.last_hidden_state)
         return torch.cat([said[0][:, :prompt], *(h[:, prompt:] for h in said)], 1)
+
+
+class _Prompts:
+    """Prompts that were read, and each layer's keys and values of them: to attention, a cache of Transformers'."""
+
+    def __init__(self) -> None:
+        self.mask = self.end = self._tokens = torch.empty(0)
+        self._states: dict[int, tuple[Tensor, Tensor]] = {}
+        self._weights: list[tuple[int, int]] = []
+        self._rows: Tensor | None = None
+        self._taking = False
+
+    def find(self, tokens: Tensor, model: nn.Module) -> bool:
+        """Whether prompts ``[B, P]`` were read, all of them by the same weights; :meth:`of_rows` are theirs then."""
+        if not self._states or self._weights != _versions(model):
+            return False
+        self._rows = None
+        if torch.equal(tokens, self._tokens):
+            return True
+        same = (tokens[:, None] == self._tokens).all(2)
+        self._rows = same.int().argmax(1)
+        return bool(same.any(1).all())
+
+    @contextmanager
+    def taking(self, tokens: Tensor, mask: Tensor, model: nn.Module) -> Iterator[None]:
+        """Within, what attention reads is kept, of prompts ``tokens`` ``[B, P]`` with ``mask`` ``[B, P']`` at columns read."""
+        self._tokens, self.mask, self._weights = tokens, mask, _versions(model)
+        self._states, self._rows, self._taking = {}, None, True
+        try:
+            yield
+        finally:
+            self._taking = False
+
+    def keep(self, end: Tensor, layers: int) -> None:
+        """Keep what the last of ``layers`` said of the prompts' last token, ``[B, 1, width]``; all must have been taken."""
+        if len(self._states) != layers:
+            raise LookupError(f"{len(self._states)} of {layers} layers told what they read")
+        self.end = end
+
+    def of_rows(self, kept: Tensor) -> Tensor:
+        """The rows of ``kept`` that belong to the prompts that were asked for last."""
+        return kept if self._rows is None else kept[self._rows]
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What layer ``layer_idx`` attends to, ``[B, heads, T, width]`` each: behind prompts, these and what it says now."""
+        if self._taking:
+            self._states[layer_idx] = keys, values
+            return keys, values
+        before = (self.of_rows(kept) for kept in self._states[layer_idx])
+        keys, values = (torch.cat(two, 2) for two in zip(before, (keys, values), strict=True))
+        return keys, values
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int]]:
+    """Which weights ``model`` has: where they lie, and how often they were changed there."""
+    return [(p.data_ptr(), p._version) for p in model.parameters()]
 
 
 def _window(config: Any) -> float:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_lab.answers import grade_answers
+from cl_lab.answers import Grades, grade_answers
 from cl_lab.compat import compile_nothing_for_deepspeed
 from cl_lab.config import EngineConfig, TrainingConfig
 from cl_lab.errors import ConfigError, DataError, TrainingError
@@ -529,7 +529,12 @@ class EngineLearner:
             if len(classes) <= max(_LABELS, len(data)):
                 wanted.append(torch.tensor(classes))
         longest = int((table[torch.cat(wanted)] != PAD).sum(1).max())
-        for _, grades, rows in self._answers(data, batch_size, lambda b: grade_answers(b, say, self._stream, longest)):
+
+        def graded(batch: Batch) -> Grades:
+            with self._remembering_prompts():
+                return grade_answers(batch, say, self._stream, longest)
+
+        for _, grades, rows in self._answers(data, batch_size, graded):
             if rows is not None:
                 sums += torch.stack([grades.value.sum(), grades.broken.sum(), grades.valid.sum()])
         worth, broken, valid = self.reduce(sums).tolist()
@@ -589,6 +594,13 @@ class EngineLearner:
             rows = slice(lo, hi) if hi > lo else slice(0, 1)
             batch = Batch(data.x[rows], data.y[rows], data.t[rows], 0, raw=data.raw).to(self.device)
             yield batch, answer(batch), rows if hi > lo else None
+
+    def _remembering_prompts(self) -> AbstractContextManager[None]:
+        """Within, a language model reads each prompt but once, however often it is asked, where it can."""
+        # ZeRO 3 lays weights out anew for every layer's turn, so whether they have changed cannot be seen.
+        if not isinstance(self._plain, Classifier) or self._engine.zero == 3:
+            return nullcontext()
+        return self._plain.backbone.remembering_prompts()
 
     def _check_finite(self, broken: int, n: int) -> None:
         if broken:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -132,6 +133,10 @@ class Backbone(nn.Module):
     def conditional(self) -> bool:
         """Whether something of a sample's own is added on its way: ``forward`` then takes ``t``, and no layer is cut off."""
         return False
+
+    def remembering_prompts(self) -> AbstractContextManager[None]:
+        """Within, a language model reads a prompt that comes again but once, where it can; others remember nothing."""
+        return nullcontext()
 
     def stages(self) -> list[Stage]:
         """The steps in order; their composition is :meth:`forward`."""

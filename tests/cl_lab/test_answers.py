@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -322,6 +325,28 @@ def test_a_score_is_the_mean_and_says_what_it_is() -> None:
     exact = replace(on, measures=(), references=())
     assert exact.fingerprint() != on.fingerprint()
     assert made.learner.score(data, 16, saying([11, 1])).value == 0.0 + 0.5
+
+
+@pytest.mark.parametrize("predict", [False, True])
+def test_what_is_written_is_read_on_from_prompts_read_once(predict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a strategy answers by the model; the scores are those of reading all again for every token."""
+    on = compared("rouge-l", "rouge-l")
+    made = toys.trainer([{"name": "naive"}], on, model={"name": "causal-lm", "weights": "tiny"})
+    backbone: Any = made.learner.model.backbone
+    own = made.strategy.predict if predict else None
+    way = None if own is None else (lambda batch: own(batch, made.learner))
+    columns: list[int] = []
+    backbone.model.layers[0].register_forward_pre_hook(lambda _, args: columns.append(args[0].shape[1]))
+    data = on.experiences[0].test
+    read_once = made.learner.score(data, 16, way)
+    once = list(columns)
+    columns.clear()
+    monkeypatch.setattr(backbone, "remembering_prompts", nullcontext)
+    assert made.learner.score(data, 16, way) == read_once
+    batches, longest = math.ceil(len(data) / 16), toys.ANSWER
+    assert sum(columns) == batches * sum(toys.PROMPT + place for place in range(longest))
+    tried = 2 * (toys.PROMPT + 2 * toys.ANSWER)  # whether it can, once
+    assert sum(once) <= tried + batches * (toys.PROMPT + sum(range(longest)))
 
 
 def test_exact_scores_are_shares_of_right_answers() -> None:

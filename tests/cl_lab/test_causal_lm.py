@@ -20,7 +20,7 @@ from cl_lab.compat import import_torchvision
 from cl_lab.errors import ConfigError
 from cl_lab.latents import put_through
 from cl_lab.models import Classifier
-from cl_lab.records import PAD, Batch, Stream
+from cl_lab.records import PAD, Batch, Stream, TensorData
 
 import_torchvision()  # in the way that does not fail where its operators are missing; Transformers reaches for it
 transformers: Any = importlib.import_module("transformers")
@@ -125,6 +125,106 @@ def test_every_family_says_what_it_says_itself(stream: Stream, name: str) -> Non
             expected = alone(plain, [*own, *answer[answer != PAD].tolist()], len(own))
             n = min(len(expected), len(logits))
             assert torch.allclose(logits[:n], expected[:n], atol=1e-4)
+
+
+def asked_in_turn(data: TensorData, answers: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Rows and tokens ``[B, P + m·A]`` as writing asks for them: nothing behind the prompts, more and more behind fewer."""
+    turns = []
+    for rows, given in (([0, 1, 2, 3], 0), ([0, 1, 2, 3], 1), ([3, 1], 2), ([1], 3), ([0, 2], 1)):
+        behind = torch.full((len(rows), toys.ANSWER), PAD, dtype=torch.int32)
+        behind[:, :given] = answers[0, :given]
+        turns.append((torch.tensor(rows), torch.cat([data.x[rows, : toys.PROMPT], behind], 1)))
+    every = answers[:3].flatten().expand(2, -1)
+    turns.append((torch.tensor([2, 0]), torch.cat([data.x[[2, 0], : toys.PROMPT], every], 1)))
+    return turns
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_that_comes_again_is_not_read_again(stream: Stream, name: str) -> None:
+    plain = of_family(name)
+    backbone = CausalBackbone(plain.base_model, toys.PROMPT, toys.ANSWER).eval()
+    data = stream.experiences[0].train
+    assert stream.answers is not None
+    columns: list[int] = []
+    plain.base_model.layers[-1].register_forward_pre_hook(
+        lambda _, args, kwargs: columns.append((args[0] if args else kwargs["hidden_states"]).shape[1]),
+        with_kwargs=True,
+    )
+    turns = asked_in_turn(data, stream.answers.to(torch.int32))
+    expected = [backbone(x) for _, x in turns]
+    read = sum(columns)
+    with backbone.remembering_prompts():
+        columns.clear()
+        for (_, x), out in zip(turns, expected, strict=True):
+            assert torch.allclose(backbone(x), out, atol=1e-4)
+    if backbone.layered:
+        assert columns == [toys.PROMPT, 1, 2, 2, 1, 6], "the whole of the prompt, then what stands behind it"
+    else:
+        assert sum(columns) == read
+    columns.clear()
+    backbone(turns[1][1])
+    assert columns == [toys.PROMPT + 1], "nothing is kept behind the block"
+
+
+@torch.no_grad()
+def test_prompts_are_read_again_by_other_weights(stream: Stream) -> None:
+    """Changed where they lie, or lent for a call: what another model made of a prompt is never used."""
+    _, model = wrapped(stream)
+    backbone = model.backbone
+    data = stream.experiences[0].train
+    x = data.x[:4].clone()
+    weight = backbone.get_parameter("model.layers.0.self_attn.k_proj.weight")
+    lent = {"model.layers.0.self_attn.k_proj.weight": weight * 2}
+    other = torch.func.functional_call(backbone, lent, (x,))
+    with backbone.remembering_prompts():
+        one = backbone(x)
+        assert torch.allclose(torch.func.functional_call(backbone, lent, (x,)), other, atol=1e-6)
+        assert torch.allclose(backbone(x), one, atol=1e-6)
+        weight.mul_(2)
+        assert torch.allclose(backbone(x), other, atol=1e-6)
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_prompt_of_another_text_is_read(stream: Stream) -> None:
+    _, model = wrapped(stream)
+    data = stream.experiences[0].train
+    expected = model(data.x[:6], data.t[:6])
+    with model.backbone.remembering_prompts():
+        model(data.x[:4], data.t[:4])
+        assert torch.allclose(model(data.x[:6], data.t[:6]), expected, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrong", ["asks for nothing", "asks for something else", "takes what it is given for its own"])
+def test_an_attention_that_remembers_in_another_way_reads_all(
+    stream: Stream, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = wrapped(stream)
+    data = stream.experiences[0].train
+    expected = model(data.x[:4], data.t[:4])
+    attention = type(plain.base_model.layers[0].self_attn)
+    forward = attention.forward
+
+    class Older:
+        def __init__(self, read: Any) -> None:
+            self.read = read
+
+        def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+            keys, values = self.read.update(keys, values, layer)
+            return keys.flip(2), values
+
+    def other(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None and wrong == "asks for something else":
+            past_key_values.reorder_cache(torch.arange(4))
+        past = Older(past_key_values) if past_key_values is not None and wrong.startswith("takes") else None
+        return forward(self, *args, past_key_values=past, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", other)
+    with model.backbone.remembering_prompts():
+        for _ in range(2):
+            assert torch.allclose(model(data.x[:4], data.t[:4]), expected, atol=1e-5)
 
 
 def test_a_window_has_room_for_soft_prompts_or_the_decoder_is_run_whole() -> None:
