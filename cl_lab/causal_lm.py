@@ -319,7 +319,7 @@ class _Prompts:
 
     @contextmanager
     def taking(self, tokens: Tensor, mask: Tensor, model: nn.Module) -> Iterator[None]:
-        """Within, what attention reads is kept, of prompts ``tokens`` ``[B, P]`` with ``mask`` ``[B, P']`` at columns read."""
+        """Within, what attention reads is kept, of prompts ``tokens`` ``[B, P]`` by ``mask`` ``[B, P']``."""
         self._tokens, self.mask, self._weights = tokens, mask, _versions(model)
         self._states, self._rows, self._taking = {}, None, True
         try:
