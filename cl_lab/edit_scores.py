@@ -110,12 +110,13 @@ def scores(
 
     For each group ``<group>``: the share of the right answer's tokens, teacher-forced, its end not counted (rows whose
     answer is not known count nothing), ``<group>_free`` the share of written answers that are right (:func:`is_right`; of
-    several right answers any, where the first is the one that is forced). For
-    those that must not move also ``<group>_agreement`` and ``<group>_free_agreement``, with ``before``. ``ood``: the share
-    of the tokens of a passage (``Edit.ood``) that have, those before them given, a probability above :data:`CERTAIN`, as
-    WISE counts it; the edit's prompt, where the passage begins with it, is not counted, else its first token is not. A
-    passage that is longer than the model reads is cut at its end. Beside these ``answer_tokens``, the most that a written
-    answer could have (:func:`budget`), where any was written.
+    several right answers any, where the first is the one that is forced), ``<group>_exact`` the share that say nothing else
+    (:func:`is_exact`): between the two lie those that go on, or say more than was asked. For those that must not move also
+    ``<group>_agreement`` and ``<group>_free_agreement``, with ``before``. ``ood``: the share of the tokens of a passage
+    (``Edit.ood``) that have, those before them given, a probability above :data:`CERTAIN`, as WISE counts it; the edit's
+    prompt, where the passage begins with it, is not counted, else its first token is not. A passage that is longer than the
+    model reads is cut at its end. Beside these ``answer_tokens``, the most that a written answer could have
+    (:func:`budget`), where any was written.
     """
     found: dict[str, Any] = {}
     for group, said in after.tokens.items():
@@ -125,16 +126,19 @@ def scores(
         if group in after.texts:
             pairs = zip(probes, after.texts[group], edits, strict=True)
             old = [e.old if group in ("reliability", "generality") else None for e in edits]
-            found[f"{group}_free"] = _mean(
+            judged = [
                 [
                     [
-                        float(any(is_right(text, answer, was) for answer in (p.answer, *p.also)))
-                        for p, text in zip(own, texts, strict=True)
-                        if p.answer is not None
+                        any(is_right(text, answer, was) for answer in (p.answer, *p.also)),
+                        any(is_exact(text, answer) for answer in (p.answer, *p.also)),
                     ]
-                    for (own, texts, _), was in zip(pairs, old, strict=True)
+                    for p, text in zip(own, texts, strict=True)
+                    if p.answer is not None
                 ]
-            )
+                for (own, texts, _), was in zip(pairs, old, strict=True)
+            ]
+            for i, way in enumerate(("free", "exact")):
+                found[f"{group}_{way}"] = _mean([[float(one[i]) for one in own] for own in judged])
         if group in LOCAL:
             same = [
                 [_share(a, b) for a, b in zip(now, then, strict=True)]
@@ -258,7 +262,8 @@ def is_right(said: str, answer: str, old: str | None = None) -> bool:
     """Whether what was written gives the answer and not the old one: the answer's words stand in it, in order.
 
     A text that also says the ``old`` answer, where that is another, is not right; nor is an empty one. An answer that is
-    but an article (blood group A) must be all that is said, and one that only marks tell from the old must be said as it is.
+    but an article (blood group A) must be all that is said, and one that only marks tell from the old, or that has no words
+    (€), must be said as it is. Whether more is said, and what, does not count: "It is not Paris" gives Paris.
     Initials may stand together or apart (:func:`joined`): the answer must be said in one of these readings, and the old one
     in none that says it.
     """
@@ -267,15 +272,23 @@ def is_right(said: str, answer: str, old: str | None = None) -> bool:
     return any(only is not None for only in seen) and all(only is not False for only in seen)
 
 
+def is_exact(said: str, answer: str) -> bool:
+    """Whether what was written is the answer and nothing else, up to what :func:`normal` leaves out; not an empty one."""
+    one, other = (unicodedata.normalize("NFC", text).strip() for text in (said, answer))
+    if any(normal(way(one)) == normal(way(other)) != "" for way in (str, joined)):
+        return True
+    return bool(other) and not normal(other) and (_words(one), one.casefold()) == (_words(other), other.casefold())
+
+
 def _says(said: str, answer: str, old: str) -> bool | None:
     """Whether a text that says ``answer`` does not say ``old`` as well; ``None`` for one that does not say it."""
     words, wanted = f" {normal(said)} ", f" {normal(answer)} "
-    if not wanted.strip():
-        return True if _words(answer) and _words(said) == _words(answer) else None
+    if _words(answer) and not wanted.strip():
+        return True if _words(said) == _words(answer) else None
     was = f" {normal(old)} "
-    if was == wanted:
+    if was == wanted or not wanted.strip():
         words, wanted, was = (text.casefold().strip() for text in (said, answer, old))
-    if wanted not in words:
+    if not wanted or wanted not in words:
         return None
     if not was.strip() or was == wanted:
         return True

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cl_lab.adapters import is_linear, is_transposed
 from cl_lab.errors import ConfigError, DataError, TooLong, nearest
-from cl_lab.hub import Tokenizer, Turn, family_logits, new_cache
+from cl_lab.hub import Tokenizer, Turn, family_logits, new_cache, tokens_behind
 
 if TYPE_CHECKING:
     from cl_lab.patches import Patch
@@ -245,8 +245,8 @@ class EditableModel:
 
     def encode_answer(self, answer: str, *, chat: bool = False, end: bool = True) -> list[int]:
         """The tokens of an answer, behind a blank where it follows plain text, and the token that ends it."""
-        text = answer.strip() if chat else " " + answer.strip()
-        return self.tokenizer.encode(text) + [self.tokenizer.end] * end
+        (tokens,) = tokens_behind(self.tokenizer, "" if chat else " ", [answer.strip()])
+        return tokens + [self.tokenizer.end] * end
 
     def rows(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Rows:
         """Pairs of prompt and answer tokens as one batch. A prompt has one token at least.
@@ -508,7 +508,7 @@ class EditableModel:
         asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         by: list[Patch] = []
         for patch in self.patches:
-            if patch.rewrites:
+            if patch.rewrites and self.tokenizer.encode(asked):  # of nothing, nothing is asked
                 asked, by = patch.rewrite(asked, self)
                 break  # one patch answers for all of its kind
         if isinstance(prompt, str):

@@ -646,6 +646,16 @@ class Tokenizer(Protocol):
         """A user's turn, or several turns, followed by what opens the answer. :class:`ConfigError` without a template."""
 
 
+def tokens_behind(tokenizer: Tokenizer, gap: str, answers: Sequence[str]) -> list[list[int]]:
+    """The tokens of each answer as it stands behind a prompt, ``gap`` being what it begins with."""
+    context = "Answer:" if gap else "\n"
+    head = tokenizer.encode(context)
+    behind = tokenizer.encode_all([f"{context}{gap}{a}" for a in answers])
+    alone = tokenizer.encode_all([f"{gap}{a}" for a in answers])
+    # Some tokenizers begin every text with a mark; behind a prompt there is none.
+    return [b[len(head) :] if b[: len(head)] == head else a for a, b in zip(alone, behind, strict=True)]
+
+
 @dataclass(frozen=True)
 class ByteTokenizer:
     """UTF-8 bytes as tokens 0 … 255, and 256 for the end: for tests and tiny models."""

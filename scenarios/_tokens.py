@@ -26,16 +26,6 @@ def space_between(tokenizer: Tokenizer) -> tuple[str, str]:
     return (" ", "") if joined[: len(space)] == space else ("", " ")
 
 
-def tokens_behind(tokenizer: Tokenizer, gap: str, answers: Sequence[str]) -> list[list[int]]:
-    """The tokens of each answer as it stands behind a prompt, ``gap`` being what it begins with."""
-    context = "Answer:" if gap else "\n"
-    head = tokenizer.encode(context)
-    behind = tokenizer.encode_all([f"{context}{gap}{a}" for a in answers])
-    alone = tokenizer.encode_all([f"{gap}{a}" for a in answers])
-    # Some tokenizers begin every text with a mark; behind a prompt there is none.
-    return [b[len(head) :] if b[: len(head)] == head else a for a, b in zip(alone, behind, strict=True)]
-
-
 def ragged(rows: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """All tokens one behind the other, and where each row starts, int64 ``[N + 1]``."""
     starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from cl_lab.errors import ConfigError
+from cl_lab.hub import tokens_behind
 from cl_lab.knobs import knob
 from cl_lab.protocols import Scenario
 from cl_lab.records import PAD, Experience, Stream, TensorData
 from cl_lab.seeding import permutation
 
 from ._people import ATTRIBUTES, LISTS, MOST_BIOGRAPHIES, Sizes, World, biographies, make_world
-from ._tokens import WordTokenizer, ragged, space_between, tokens_behind
+from ._tokens import WordTokenizer, ragged, space_between
 
 if TYPE_CHECKING:
     from cl_lab.hub import Tokenizer

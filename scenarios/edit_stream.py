@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cl_lab.errors import DataError
 from cl_lab.facts import Edit, conflicts, read_facts
+from cl_lab.hub import tokens_behind
 from cl_lab.knobs import knob
 from cl_lab.protocols import Scenario
 from cl_lab.records import PAD, Experience, Scoring, Stream, TensorData
@@ -175,7 +176,7 @@ class _Table:
     def __init__(self, tokenizer: Tokenizer, chat: bool, rows: Sequence[_Row]) -> None:
         asked, said = dict.fromkeys(r.prompt for r in rows), dict.fromkeys(r.answer for r in rows)
         prompts = tokenizer.encode_all([tokenizer.chat(p) if chat else p for p in asked])
-        answers = tokenizer.encode_all([a.strip() if chat else f" {a.strip()}" for a in said])
+        answers = tokens_behind(tokenizer, "" if chat else " ", [a.strip() for a in said])
         self._prompts = dict(zip(asked, prompts, strict=True))
         ended = [(*tokens, tokenizer.end) for tokens in answers]
         number = {tokens: i for i, tokens in enumerate(dict.fromkeys(ended))}

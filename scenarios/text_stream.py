@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cl_lab.errors import ConfigError, DataError, nearest
 from cl_lab.files import cache_root
+from cl_lab.hub import tokens_behind
 from cl_lab.knobs import knob
 from cl_lab.protocols import Scenario
 from cl_lab.records import PAD, Experience, Measure, Scoring, Stream, TensorData
@@ -25,7 +26,7 @@ from . import _cache
 from ._orders import limit_rows
 from ._styles import STYLES, Restyled, answers_of, restyle
 from ._texts import ORDERS, TEMPLATES, Row, Task, Template, Texts, find_tasks, held_out, how_many, load_template
-from ._tokens import ragged, space_between, tokens_behind
+from ._tokens import ragged, space_between
 from .image_folder import place_of
 
 if TYPE_CHECKING:

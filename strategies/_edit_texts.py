@@ -12,7 +12,8 @@ from cl_lab import seeding
 from cl_lab.editable import EditableModel, Site
 from cl_lab.errors import ConfigError, EditError
 from cl_lab.facts import Edit
-from cl_lab.probe_texts import PARAGRAPHS, QUESTIONS
+
+from ._plain_texts import PARAGRAPHS, QUESTIONS
 
 Pair = tuple[list[int], list[int]]
 """Tokens of a prompt and of its answer."""
@@ -111,11 +112,13 @@ def neighbours(edit: Edit, number: int) -> list[str]:
 
 
 def unrelated_prompts() -> list[str]:
-    """Some four hundred questions, beginnings and sentences that no edit is about, in no order that means anything."""
+    """Some 350 questions, beginnings and sentences that no edit is about, in no order that means anything.
+
+    None is among the texts that a model is asked or read later to see what an edit moved (:mod:`cl_lab.probe_texts`).
+    """
     asked = [f.format(s) for i, f in enumerate(QUESTION_FORMS) for s in SUBJECTS[i % 3 :: 3]]
-    questions = [question for own in QUESTIONS.values() for question, _ in own]
     sentences = [s.strip() + "." for p in PARAGRAPHS for s in p.split(".") if len(s.split()) > 4]
-    texts = asked + questions + sentences
+    texts = [*asked, *QUESTIONS, *sentences]
     return [texts[i] for i in seeding.permutation(len(texts), 0, "unrelated prompts").tolist()]
 
 

@@ -19,6 +19,7 @@ from cl_lab.edit_scores import (
     ask,
     budget,
     fluency,
+    is_exact,
     is_right,
     ngram_entropy,
     normal,
@@ -105,7 +106,13 @@ def test_what_does_not_count(text: str, expected: str) -> None:
         ("", "Rome", None, False),
         ("", "", None, False),
         ("Rome", "", None, False),
-        ("...", "...", None, False),
+        ("...", "...", None, True),
+        ("", "...", None, False),
+        ("€", "€", None, True),
+        ("It costs €5.", "€", "$", True),
+        ("$ or €", "€", "$", False),
+        ("euro", "€", None, False),
+        ("\U0001f642", "\U0001f642", "\U0001f641", True),
         (" \n", "Rome", "Paris", False),
         ("1.5 million", "15 million", "1.5 million", False),
         ("It weighs 3.5 kg", "35 kg", None, False),
@@ -274,18 +281,24 @@ def test_scores_by_hand() -> None:
         {
             "reliability": (1 + 2 / 3) / 2,
             "reliability_free": (1 + 0) / 2,  # 18 is the old answer
+            "reliability_exact": 0.0,  # more is said
             "generality": (2 / 3 + 1 / 3) / 2,  # one edit has paraphrases: the mean is over that alone
             "generality_free": (1 + 0) / 2,
+            "generality_exact": 1 / 2,
             "reverse": 1.0,
             "reverse_free": 1.0,
+            "reverse_exact": 1.0,
             "one_hop": (1 / 2 + 1) / 2,
             "one_hop_free": 1 / 2,
+            "one_hop_exact": 1 / 2,
             "unrelated": 1.0,  # of two questions one has an answer
             "unrelated_free": 1.0,
+            "unrelated_exact": 1.0,
             "unrelated_agreement": (1 / 2 + 1) / 2,
             "unrelated_free_agreement": 1 / 2,
             "same_relation": 1 / 2,
             "same_relation_free": 1.0,  # the old answer is that of another question
+            "same_relation_exact": 0.0,
             "same_relation_agreement": 1 / 2,
             "same_relation_free_agreement": 1.0,
             "same_subject_agreement": 1.0,
@@ -302,8 +315,32 @@ def test_any_of_several_right_answers_may_be_written() -> None:
     assert scores(editable(), [edit], asked, Asked({})) == {
         "one_hop": pytest.approx((1 + 1 / 2) / 2),
         "one_hop_free": 1 / 2,
+        "one_hop_exact": 0.0,
         "answer_tokens": asked.budget,
     }
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "expected"),
+    [
+        ("Paris.", "Paris", True),
+        ("the Eiffel Tower", "Eiffel tower", True),
+        ("It is not Paris", "Paris", False),
+        ("Paris, Rome, Lyon", "Paris", False),
+        ("J.R.R. Tolkien", "J. R. R. Tolkien", True),
+        (unicodedata.normalize("NFD", "São Paulo"), "São Paulo", True),
+        ("A", "A", True),
+        ("the", "A", False),
+        ("€", "€", True),
+        ("€5", "€", False),
+        ("", "Paris", False),
+        ("", "", False),
+        (" ", "€", False),
+    ],
+)
+def test_exact_answers_say_nothing_else(said: str, answer: str, expected: bool) -> None:
+    assert is_exact(said, answer) is expected
+    assert is_right(said, answer) or not expected, "what is exact is right"
 
 
 def test_edits_count_alike_however_many_questions_they_have() -> None:

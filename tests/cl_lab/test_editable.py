@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from cl_lab.compat import import_torchvision
 from cl_lab.editable import Batch, EditableModel, Rows, Site, check_plain_residual
 from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, TooLong
-from cl_lab.patches import Delta, ReleasedSidePatch, SidePatch, WeightPatch, packed
+from cl_lab.patches import Delta, PromptPatch, ReleasedSidePatch, SidePatch, WeightPatch, packed
 
 import_torchvision()  # in the way that does not fail where its operators are missing; Transformers reaches for it
 transformers: Any = importlib.import_module("transformers")
@@ -118,6 +118,25 @@ def test_of_a_chat_only_what_was_said_counts() -> None:
     assert BYTES.decode(model.encode_answer(" B ", chat=True)[:-1]) == "B"
     assert model.encode_answer("B") == [*b" B", 256]
     assert model.encode_answer("B", end=False) == [*b" B"]
+
+
+class Marked(Chatty):
+    """Bytes that begin every text with a mark, as SentencePiece's tokenizers do."""
+
+    key = "marked"
+
+    def encode(self, text: str) -> list[int]:
+        return [ord("_"), *BYTES.encode(text)]
+
+    def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize(("chat", "expected"), [(False, b" Lyon"), (True, b"Lyon")])
+def test_an_answer_is_tokenised_as_it_stands_behind_its_prompt(chat: bool, expected: bytes) -> None:
+    model = EditableModel(editable().model, Marked())
+    assert model.encode_answer("Lyon", chat=chat) == [*expected, 256]
+    assert model.encode_prompt("It is") + model.encode_answer("Lyon", end=False) == model.encode_prompt("It is Lyon")
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------
@@ -420,6 +439,17 @@ def test_what_is_not_there_is_told_on_one_line() -> None:
     refused(lambda: model.site("model.layers"), "is no linear layer of model 'llama'")
     refused(lambda: model.layer_of("lm_head"), "module = 'lm_head': lies in none of the layers model.layers.0 to")
     refused(lambda: model.layer_of("model.layers.9.mlp.down_proj"), "lies in none of the layers")
+
+
+def test_a_prompt_without_tokens_is_told_on_one_line() -> None:
+    """Also where a patch would compare it with its facts: there is nothing that they could concern."""
+    model = editable()
+    PromptPatch("by hand", texts=["It is."], keys=torch.eye(1, WIDTH), centre=torch.zeros(WIDTH), least=-1.0).apply(
+        model
+    )
+    assert model.read_prompt("A") == [*b"It is.\nA"], "it concerns whatever is asked"
+    with pytest.raises(DataError, match="^prompt: has no tokens; ask something$"):
+        model.answer([""])
 
 
 def test_a_model_without_the_parts_is_told_on_one_line() -> None:

@@ -17,6 +17,7 @@ from cl_lab.editable import EditableModel
 from cl_lab.errors import ConfigError, DataError
 from cl_lab.facts import conflicts, read_facts
 from cl_lab.records import PAD, Stream, TensorData
+from scenarios import edit_stream
 from scenarios.edit_stream import OWN_FACTS, EditStream
 
 BYTES = hub.load_tokenizer("bytes")
@@ -138,3 +139,14 @@ def test_edits_that_contradict_each_other_are_told(tmp_path: Path, caplog: pytes
 def test_a_tokenizer_without_turns_cannot_chat() -> None:
     with pytest.raises(ConfigError, match="chat"):
         made(chat=True).stream(0)
+
+
+def test_answers_are_tokenised_as_they_stand_behind_prompts() -> None:
+    """A tokenizer's mark at a text's beginning is no part of an answer, or it would be learnt, and counted as right."""
+
+    class Marked(hub.ByteTokenizer):
+        def encode(self, text: str) -> list[int]:
+            return [ord("_"), *super().encode(text)]
+
+    table = edit_stream._Table(Marked(), False, [edit_stream._Row("It is", "Lyon"), edit_stream._Row("Is it", "no")])
+    assert table.answers.tolist() == [[*b" Lyon", 256], [*b" no", 256, PAD, PAD]]
