@@ -448,7 +448,7 @@ def test_a_prompt_without_tokens_is_told_on_one_line() -> None:
         model
     )
     assert model.read_prompt("A") == [*b"It is.\nA"], "it concerns whatever is asked"
-    with pytest.raises(DataError, match="^prompt: has no tokens; ask something$"):
+    with pytest.raises(DataError, match=r"^prompt: has no tokens; ask something$"):
         model.answer([""])
 
 
