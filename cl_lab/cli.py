@@ -403,7 +403,7 @@ def edit_score(
     _console().print(
         f"reliability of the oldest third {oldest:.3f}, of the newest {newest:.3f}; "
         f"{document['seconds_per_edit']:.2f} s and {document['bytes_per_edit'] / 1000:.0f} kB an edit; "
-        f"{len(document['refused'])} patches refused"
+        f"{len(document['refused'])} edits refused"
     )
     for line in _edit_notes(document):
         _console().print(line, markup=False)

@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from cl_lab import edit_scores, hub, names, registry
 from cl_lab.editable import EditableModel
 from cl_lab.editing import found_from_anywhere, load_editable
 from cl_lab.errors import ConfigError, DataError, EditError
-from cl_lab.facts import Edit, conflicts, suspects
+from cl_lab.facts import Edit, conflicts, normalised, suspects
 from cl_lab.files import LOCK, InUse, alone_in, sync_folder, write_atomically
 from cl_lab.patches import Delta, Patch, WeightPatch, load_patch
 from cl_lab.probe_texts import QUESTIONS
@@ -99,7 +101,8 @@ class Deployment:
     ) -> Deployment:
         """Make the folder of a new deployment of ``model``, edited by ``editor`` (its name and knobs).
 
-        Raises :class:`ConfigError` where the folder is taken, a gate is unknown, or model or editor cannot be had.
+        Raises :class:`ConfigError` where the folder is taken, a gate is unknown, or model or editor cannot be had, and
+        :class:`DataError` where it cannot be written: what was made by then is taken away again.
         """
         _refuse_taken(folder)
         if unknown := sorted({*(gates or {})} - {*GATES}):
@@ -116,14 +119,26 @@ class Deployment:
             "gates": {**GATES, **(gates or {})},
             "created": _now(),
         }
-        try:
-            (folder / _EDITS).mkdir(parents=True, exist_ok=True)
-            (folder / _JOURNAL).touch()
-            (folder / LOCK).touch()
-            write_atomically(folder / _DOCUMENT, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-            sync_folder(folder)
-        except OSError as error:
-            raise DataError(f"'{folder}' cannot be written ({error.strerror}); choose another place") from error
+        with contextlib.ExitStack() as undone:
+            try:
+                for place in (*reversed(folder.parents), folder):
+                    if not place.exists():
+                        place.mkdir(exist_ok=True)
+                        undone.callback(_take_away, place)
+                # What is there by now another process made, and it stays.
+                (folder / _EDITS).mkdir()
+                undone.callback(_take_away, folder / _EDITS)
+                for name in (_JOURNAL, LOCK):
+                    (folder / name).touch(exist_ok=False)
+                    undone.callback(_take_away, folder / name)
+                undone.callback(_take_away, folder / _DOCUMENT)
+                write_atomically(folder / _DOCUMENT, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+                sync_folder(folder)
+            except OSError as error:
+                raise DataError(
+                    f"'{folder}' cannot be written ({error.strerror}); make room or choose another place"
+                ) from error
+            undone.pop_all()
         return cls(folder)
 
     def read(self) -> None:
@@ -174,7 +189,8 @@ class Deployment:
             raise DataError(
                 f"'{place}': is not what line {event.n} of {_JOURNAL} says; the file was changed; restore it"
             )
-        return [Edit.from_json(record) for record in json.loads(data)]
+        # No answer is too long that was taken once: the limit is the layout's, and may have been another.
+        return [Edit.from_json(record, max_answer=sys.maxsize) for record in json.loads(data)]
 
     def event_of(self, identifier: str) -> Event:
         """The event that applied an edit. Raises :class:`ConfigError` where there is none of that id."""
@@ -469,17 +485,32 @@ def named(patches: Sequence[Patch], model: EditableModel, ids: Sequence[str]) ->
 
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``out`` when all is written. Raises :class:`DataError` where it cannot be."""
-    scratch = out.with_name(f".{out.name}")
+    """A folder to write into, which becomes ``out`` when all is written. Raises :class:`DataError` where it cannot be.
+
+    An empty folder that is there already is filled, and not replaced: a shell that stands in it, as where ``out`` is ``.``,
+    would go on in one that is gone.
+    """
+    place = out.resolve()  # '.' and '..' have no name beside which something could be written
+    scratch = place.with_name(f".{place.name}")
+    moved: list[Path] = []
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         yield scratch
-        if out.exists():
-            out.rmdir()
-        scratch.rename(out)
+        if place.exists():
+            if any(place.iterdir()):  # by now; what another put there is not written over
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+            for part in sorted(scratch.iterdir()):
+                moved.append(place / part.name)
+                shutil.move(part, moved[-1])  # also where it is the mount of another disk
+            scratch.rmdir()
+        else:
+            scratch.rename(place)
     except OSError as error:
         shutil.rmtree(scratch, ignore_errors=True)
+        for part in moved:
+            shutil.rmtree(part, ignore_errors=True)
+            _take_away(part)
         raise DataError(f"'{out}' cannot be written ({error.strerror}); make room or choose another place") from error
 
 
@@ -554,7 +585,7 @@ def preview(
     """A patch for ``edits`` and what it does: answers before and after, what moved, and which gates it breaks.
 
     The model is as it was afterwards. Asked are the edits' own questions and paraphrases, and beside them the ``guards``,
-    the edits' probes, and the same of other subjects like theirs (:func:`others`).
+    the edits' probes, and the same of other subjects like theirs (:func:`others`), but for those that an edit is to change.
     ``broken`` has one line for each gate; each of ``answers`` says what was asked, wanted
     and said. Raises :class:`EditError` as the editor does.
     """
@@ -564,9 +595,10 @@ def preview(
     asked = [(e.prompt, e) for e in edits]
     other = [(p, e) for e in edits for p in (e.paraphrases or [form.format(e.prompt) for form in PARAPHRASES])]
     local = [p.prompt for e in edits for name in edit_scores.LOCAL for p in edit_scores.GROUPS[name](e)]
-    taken = {e.prompt for e in earlier}  # one that was corrected itself is no other subject
-    local += [prompt for e in edits for prompt in others(model, e) if prompt not in taken]
-    kept = list(dict.fromkeys([*guards, *local]))
+    own = {normalised(p) for p, _ in asked + other}  # to change is what they are for, also where one is a guard
+    taken = {normalised(e.prompt) for e in earlier}  # one that was corrected itself is no other subject
+    local += [prompt for e in edits for prompt in others(model, e) if normalised(prompt) not in taken]
+    kept = [p for p in dict.fromkeys([*guards, *local]) if normalised(p) not in own]
     prompts = [p for p, _ in asked + other] + kept
     most = edit_scores.budget(model, [e.answer for e in edits], chat=chat)
     before, nats = model.answer(prompts, max_new_tokens=most, chat=chat), edit_scores.perplexity(model)
@@ -624,6 +656,12 @@ def _refuse_taken(folder: Path) -> None:
         raise ConfigError(f"'{folder}': is a file; choose a folder")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"'{folder}': is there already and not empty; choose another folder")
+
+
+def _take_away(place: Path) -> None:
+    """Remove a file, or a folder if nothing is in it."""
+    with contextlib.suppress(OSError):  # what cannot be is told by what went wrong before
+        place.rmdir() if place.is_dir() else place.unlink()
 
 
 def _check_gate(name: str, value: float) -> None:

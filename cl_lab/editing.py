@@ -1,7 +1,8 @@
 """A stream of edits, one patch after another, scored when all of them are made: what held, by age, and what else moved.
 
 The folder of a run holds ``run.json``, which says what was asked for and what came out, and ``patches/<n>``, one folder for
-each patch in the order they were made. A run that was stopped goes on behind the last whole patch.
+each patch in the order they were made; where the edits of a batch could not be made together, ``patches/<n>-<m>`` for the
+``m``-th of them alone. A run that was stopped goes on behind the last whole patch.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def score_facts(
 
     ``batch_size`` edits share a patch; ``skip`` leaves out the first so many facts, ``limit`` takes the first of the others.
     Scores (:func:`cl_lab.edit_scores.scores`) are those before any edit and those after the last, ``retention`` the
-    reliability of each edit by then, oldest first. A patch that cannot be made is left out and named under ``refused``.
+    reliability of each edit by then, oldest first. An edit that cannot be made is left out and named under ``refused``; the
+    edits of a batch that cannot are tried one by one, each as a patch of its own. ``seconds_per_edit`` counts all of that.
     Edits that contradict one before them, or may (:func:`cl_lab.facts.suspects`), are not refused: ``conflicts`` lists the
     pairs, and ``contested`` says how many edits are in one, and what these and the others were worth.
 
@@ -293,33 +295,49 @@ def _make(
 ) -> tuple[dict[str, Any], dict[int, Patch]]:
     """Lay one patch after another on ``model``; those that are on disk are read.
 
-    What it took and what was refused, and the patch of each edit by its place, oldest first.
+    Edits that cannot be made together are made alone, so that a bad one takes no other with it. What it took and what was
+    refused, and the patch of each edit by its place, oldest first.
     """
     done: list[Edit] = []
     patches: dict[int, Patch] = {}
     refused: list[dict[str, str]] = []
     seconds = size = 0.0
     for n, first in enumerate(range(0, len(edits), batch_size)):
-        some, folder = edits[first : first + batch_size], out / "patches" / f"{n:06d}"
-        start = time.perf_counter()
-        if (folder / "patch.json").is_file():
-            patch = load_patch(folder)
+        whole, folder = range(first, min(first + batch_size, len(edits))), out / "patches" / f"{n:06d}"
+        alone = [(range(i, i + 1), folder.with_name(f"{folder.name}-{i - first:06d}")) for i in whole]
+        known = len(whole) > 1 and any((place / "patch.json").is_file() for _, place in alone)
+        parts = alone if known else [(whole, folder)]  # a batch that was refused is not tried again
+        lost = 0.0
+        while parts:
+            (places, folder), *parts = parts
+            some = [edits[i] for i in places]
+            if (folder / "patch.json").is_file():
+                patch = load_patch(folder)
+            else:
+                start = time.perf_counter()
+                try:
+                    patch = editor.propose(model, some, done)
+                except EditError as error:
+                    took = time.perf_counter() - start
+                    if len(some) > 1:
+                        log.warning("%s; the %d edits of its batch are tried one by one", error, len(some))
+                        parts, lost = alone, took
+                    else:
+                        log.warning("%s; left out", error)
+                        refused.append({"prompt": some[0].prompt, "reason": str(error)})
+                        seconds += took
+                    continue
+                # With what the batch took, so that a run that goes on from here counts it too.
+                patch.notes["seconds"] = time.perf_counter() - start + lost
+                lost = 0.0
+                _save(patch, folder)
             seconds += float(patch.notes["seconds"])
-        else:
-            try:
-                patch = editor.propose(model, some, done)
-            except EditError as error:
-                log.warning("%s; left out", error)
-                refused.append({"prompt": some[0].prompt, "reason": str(error)})
-                continue
-            patch.notes["seconds"] = time.perf_counter() - start
-            seconds += patch.notes["seconds"]
-            _save(patch, folder)
-        patch.apply(model)
-        done += some
-        patches |= dict.fromkeys(range(first, first + len(some)), patch)
-        size += patch.nbytes
-        told(len(done), len(edits), some[-1].prompt)
+            patch.apply(model)
+            done += some
+            patches |= dict.fromkeys(places, patch)
+            size += patch.nbytes
+            told(len(done), len(edits), some[-1].prompt)
+        seconds += lost
     count = max(len(done), 1)
     return {"seconds_per_edit": seconds / count, "bytes_per_edit": size / count, "refused": refused}, patches
 
@@ -338,4 +356,10 @@ def _save(patch: Any, folder: Path) -> None:
 
 
 def _write(out: Path, document: dict[str, Any]) -> None:
-    write_atomically(out / "run.json", json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    place = out / "run.json"
+    try:
+        write_atomically(place, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise DataError(
+            f"'{place}' cannot be written ({error.strerror}); make room and give the same command: it goes on from here"
+        ) from error

@@ -95,10 +95,14 @@ class Edit:
         }
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Edit:
-        """The edit in a record of the plain layout. Raises :class:`DataError` for one that is none."""
+    def from_json(cls, record: Mapping[str, Any], *, max_answer: int | None = None) -> Edit:
+        """The edit in a record of the plain layout. Raises :class:`DataError` for one that is none.
+
+        An answer of more than ``max_answer`` characters (None: 400) is none, as in a file of the plain layout.
+        """
+        limit = _limit("plain", max_answer)
         try:
-            return _plain(record)
+            return _within(_plain(record), limit)
         except _Bad as bad:
             raise DataError(f"edit: {bad}; correct it") from bad
 
@@ -269,6 +273,8 @@ def _probe(value: object, name: str) -> Probe:
 def _from_cells(record: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a table as the plain layout: texts apart at ``" | "``, probes as JSON."""
     out: dict[str, Any] = dict(record)
+    if "" in out:
+        raise _Bad(f"has '{_short(out[''].strip())}' in a column without a name; name the column or empty the cell")
     for key in {*_TEXTS, *_PROBES} & out.keys():
         cell = out[key].strip()
         if not cell:
@@ -486,13 +492,11 @@ def read_facts(
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout = '{layout}': unknown{nearest(layout, LAYOUTS)}; give one of {', '.join(LAYOUTS)}")
-    if max_answer is not None and max_answer < 1:
-        raise ConfigError(f"max_answer = {max_answer}: must be at least 1; give the most characters of an answer")
     records = _read(path)
     if not records.rows:
         raise DataError(f'{path}: holds no edits; write {{"prompt": "...", "answer": "..."}}, one a line')
     name = _layout_of(path, records) if layout == "auto" else layout
-    limit = _LAYOUTS[name].limit if max_answer is None else max_answer
+    limit = _limit(name, max_answer)
     edits: list[Edit] = []
     bad: list[BadLine] = []
     for number, record in records.rows:
@@ -513,10 +517,20 @@ def _edits(record: object, name: str, table: bool, limit: int) -> list[Edit]:
         raise record
     given = _object(record, "the record")
     edits = _LAYOUTS[name].read(_from_cells(given) if table and name == "plain" else given)
-    for edit in edits:
-        if len(edit.answer) > limit:
-            raise _Bad(f"answer has {len(edit.answer)} characters, more than max_answer = {limit}")
-    return edits
+    return [_within(edit, limit) for edit in edits]
+
+
+def _limit(name: str, max_answer: int | None) -> int:
+    """The most characters of an answer: what is asked for, or else what the layout ``name`` allows."""
+    if max_answer is not None and max_answer < 1:
+        raise ConfigError(f"max_answer = {max_answer}: must be at least 1; give the most characters of an answer")
+    return _LAYOUTS[name].limit if max_answer is None else max_answer
+
+
+def _within(edit: Edit, limit: int) -> Edit:
+    if len(edit.answer) > limit:
+        raise _Bad(f"answer has {len(edit.answer)} characters, more than max_answer = {limit}")
+    return edit
 
 
 def _complaint(path: Path, bad: Sequence[BadLine], total: int, to_skip: str) -> str:
@@ -604,26 +618,47 @@ def _json_records(path: Path, text: str, lines: bool) -> list[tuple[int, Any]]:
 
 
 def _table(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, Any]]:
-    """The rows of a table by the names of its header, each with the number of its first line."""
+    """The rows of a table by the names of its header, each with the number of its first line.
+
+    Spreadsheets write commas behind the last column: an empty cell that no column has, or one without a name, is nothing.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
-    before = 0
-    try:
-        for row in reader:
-            line, before = before + 1, reader.line_num
-            if not any(cell.strip() for cell in row):
-                continue
-            if not header:
-                header = [cell.strip() for cell in row]
-                twice = next((name for name in header if header.count(name) > 1), None)
-                if twice is not None:
-                    raise DataError(f"{path}: column '{_short(twice)}' is there twice; rename one of them")
-            elif len(row) != len(header):
-                yield line, _Bad(f"has {len(row)} columns, the header {len(header)}")
-            else:
-                yield line, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {before + 1}: broken table ({error}); correct it") from error
+    needed = before = 0
+    while True:
+        line = before + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # Where a row of one line is broken, the next begins behind it. Of several nobody knows where they end.
+            if not header or reader.line_num > line:
+                raise DataError(f"{path}, line {line}: {_broken(error)}") from error
+            before = reader.line_num
+            yield line, _Bad(_broken(error))
+            continue
+        before = reader.line_num
+        if not any(cell.strip() for cell in row):
+            continue
+        if not header:
+            header = [cell.strip() for cell in row]
+            needed = max(i for i, name in enumerate(header, 1) if name)
+            twice = next((name for name in header if name and header.count(name) > 1), None)
+            if twice is not None:
+                raise DataError(f"{path}: column '{_short(twice)}' is there twice; rename one of them")
+        elif len(row) < needed or any(cell.strip() for cell in row[len(header) :]):
+            yield line, _Bad(f"has {len(row)} columns, the header {len(header)}")
+        else:
+            yield line, {name: cell for name, cell in zip(header, row, strict=False) if name or cell.strip()}
+
+
+def _broken(error: csv.Error) -> str:
+    """What is wrong with a row, and the fix: mostly a cell that begins with a quoted title."""
+    said = str(error).replace("\t", "tab")
+    if "larger" in said:
+        return f"broken table ({said}); shorten it"
+    return f'broken table ({said}); double the quotes of a cell and put it in quotes: """Hamlet"" was written by"'
 
 
 # -- conflicts -----------------------------------------------------------------------------------------------------
@@ -670,13 +705,13 @@ def conflicts(new: Sequence[Edit], earlier: Sequence[Edit] = ()) -> list[Conflic
     """Where an edit of ``new`` says something of a fact of which ``earlier``, or one of ``new`` before it, spoke already.
 
     A fact is the same if the prompts are (but for case, space and final punctuation), if one prompt is the other's
-    paraphrase, or if subject and relation are. Of several that are so by one of these, the last of each kind is named.
-    Takes time in proportion to the edits; sorted as ``new``.
+    paraphrase, if they share one, or if subject and relation are. Of several that are so by one of these, the last of each
+    kind is named. Takes time in proportion to the edits; sorted as ``new``.
     """
     seen: dict[_Key, _Seen] = {}
     found: list[Conflict] = []
     for i, edit in enumerate((*earlier, *new)):
-        prompt, answer = _same("prompt", edit.prompt), _normalised(edit.answer)
+        prompt, answer = _same("prompt", edit.prompt), normalised(edit.answer)
         paraphrases = [_same("paraphrase", text) for text in edit.paraphrases]
         fact = [_same("fact", edit.subject, edit.relation)] if edit.subject and edit.relation else []
         if i >= len(earlier):
@@ -684,6 +719,7 @@ def conflicts(new: Sequence[Edit], earlier: Sequence[Edit] = ()) -> list[Conflic
                 (prompt, "the same prompt as"),
                 (("paraphrase", *prompt[1:]), "its prompt is a paraphrase of"),
                 *((("prompt", *key[1:]), "a paraphrase of it is the prompt of") for key in paraphrases),
+                *((key, "shares a paraphrase with") for key in paraphrases),
                 *((key, "the same subject and relation as") for key in fact),
             ]
             named: set[int] = set()
@@ -726,9 +762,9 @@ def suspects(new: Sequence[Edit], earlier: Sequence[Edit] = ()) -> list[Conflict
     Of one subject (but for case), with another answer, and their questions, paraphrases among them, share a word besides
     the subject's own and those that say nothing; what :func:`conflicts` finds is left out, and so are pairs whose relations
     are both given. No model is asked: "Who is her mother?" and "Which lady bore her?" share no word and are missed, "the
-    largest city" and "the capital city" share one and are named. Of the pairs of one subject with two answers it names 28 of
-    the 35 in the first hundred edits of ZsRE, 190 of 226 in five hundred (all ask the same); of pairs that ask for different
-    relations, 33 of LRE's 1,386 and 153 of PARAREL's 1,709.
+    largest city" and "the capital city" share one and are named. Of the pairs of one subject with two answers that
+    :func:`conflicts` leaves it names 27 of 34 in the first hundred edits of ZsRE, 186 of 214 in five hundred (all ask the
+    same); of pairs that ask for different relations, 33 of LRE's 1,386 and 153 of PARAREL's 1,709.
     Takes time in proportion to the pairs of edits that share a subject; sorted as ``new``, then as the other.
     """
     by_subject: dict[str, list[tuple[Edit, str, dict[str, str], set[_Key]]]] = {}
@@ -736,12 +772,12 @@ def suspects(new: Sequence[Edit], earlier: Sequence[Edit] = ()) -> list[Conflict
     for i, edit in enumerate((*earlier, *new)):
         if not edit.subject:
             continue
-        answer, words = _normalised(edit.answer), _content(edit)
+        answer, words = normalised(edit.answer), _content(edit)
         texts = {_same("", text) for text in (edit.prompt, *edit.paraphrases)}
-        known = by_subject.setdefault(_normalised(edit.subject), [])
+        known = by_subject.setdefault(normalised(edit.subject), [])
         if i >= len(earlier):
             for other, its_answer, its_words, its_texts in known:
-                certain = _same("", edit.prompt) in its_texts or _same("", other.prompt) in texts
+                certain = not texts.isdisjoint(its_texts)
                 shared = next((word for stem, word in words.items() if stem in its_words), None)
                 if answer != its_answer and shared and not certain and not (edit.relation and other.relation):
                     why = (
@@ -755,8 +791,8 @@ def suspects(new: Sequence[Edit], earlier: Sequence[Edit] = ()) -> list[Conflict
 
 def _content(edit: Edit) -> dict[str, str]:
     """The words of an edit's questions that say what is asked, by their first letters."""
-    subject = _normalised(edit.subject or "")
-    texts = (_normalised(text).replace(subject, " ") for text in (edit.prompt, *edit.paraphrases))
+    subject = normalised(edit.subject or "")
+    texts = (normalised(text).replace(subject, " ") for text in (edit.prompt, *edit.paraphrases))
     own = {*_WORD.findall(subject), *_EMPTY}
     words = (word for text in texts for word in _WORD.findall(text))
     return {word[:_STEM]: word for word in words if len(word) > 1 and word not in own}
@@ -767,10 +803,10 @@ def _named(edit: Edit) -> str:
 
 
 def _same(what: str, *texts: str) -> _Key:
-    return (what, *(_normalised(text) for text in texts))
+    return (what, *(normalised(text) for text in texts))
 
 
-def _normalised(text: str) -> str:
+def normalised(text: str) -> str:
     """``text`` without what two writings of one thing may differ in: case, space, final punctuation."""
     words = " ".join(unicodedata.normalize("NFC", text).casefold().split())
     return words.rstrip(" .,:;?!…") or words

@@ -29,7 +29,7 @@ from cl_lab.deployment import Deployment
 from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, EditError, UserError
-from cl_lab.facts import Edit
+from cl_lab.facts import Edit, Probe
 from cl_lab.hub import load_tokenizer, save_causal_lm
 from cl_lab.patches import Delta, Patch, SidePatch, WeightPatch, packed
 
@@ -325,6 +325,45 @@ def test_a_full_disk_loses_nothing(folder: Path, what: str, monkeypatch: pytest.
     assert Deployment(folder).check() == []
 
 
+def left_in(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("what", ["write_atomically", "sync_folder"])
+def test_a_deployment_that_could_not_be_made_leaves_nothing(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "there").mkdir()
+    for place in (tmp_path / "new/below", tmp_path / "there"):
+        with monkeypatch.context() as broken:
+            broken.setattr(module, what, full)
+            with pytest.raises(DataError, match=r"cannot be written \(No space left on device\); make room or choose"):
+                Deployment.create(place, "tiny", EDITOR)
+        assert left_in(tmp_path) == ["there"], "what was there stays"
+    for place in (tmp_path / "new/below", tmp_path / "there"):
+        Deployment.create(place, "tiny", EDITOR)
+
+
+@pytest.mark.parametrize("name", ["edits", "journal.jsonl", "letter.txt"])
+def test_what_another_made_meanwhile_stays(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is looked at before the model is loaded, which takes its time."""
+    place = tmp_path / "service"
+
+    def meanwhile(model: str) -> EditableModel:
+        (place / name).mkdir(parents=True) if name == "edits" else place.mkdir()
+        (place / name / "1" if name == "edits" else place / name).write_text("theirs")
+        return load_editable(model)
+
+    monkeypatch.setattr(module, "load_editable", meanwhile)
+    monkeypatch.setattr(module, "sync_folder", lambda folder: os.listdir(folder / "away"))
+    with pytest.raises(DataError, match="cannot be written"):
+        Deployment.create(place, "tiny", EDITOR)
+    assert left_in(place) == (["edits", "edits/1"] if name == "edits" else [name])
+
+
 def test_two_do_not_change_a_folder_at_once(folder: Path) -> None:
     one, two = Deployment(folder), Deployment(folder)
     with one.changing():
@@ -367,6 +406,34 @@ def test_a_preview_says_what_an_edit_does_and_changes_nothing(folder: Path) -> N
     for row in seen["moved"]:
         assert target.answer([row["prompt"]], max_new_tokens=24) == [row["after"]] != [row["before"]]
     assert seen["guards"] == pytest.approx(1 - len(seen["moved"]) / seen["asked_aside"])
+
+
+def test_what_an_edit_is_to_change_is_no_damage(folder: Path) -> None:
+    """Also where a guard asks it, a probe of its own, or it is the other subject of a fact beside it."""
+    (folder / "guards.jsonl").write_text(
+        '{"prompt": "What is the capital of france"}\n{"prompt": "France is ruled from:"}\n'
+    )
+    made = Deployment(folder)
+    target = made.load()
+    guard = "What is the capital of France?"
+    assert guard in made.guards()
+    fact = Edit(guard, "B", paraphrases=("France is ruled from",), same_subject=(Probe("France is ruled from"),))
+    _, seen = made.propose(target, [fact])
+    asked = {guard, "What is the capital of france", "France is ruled from", "France is ruled from:"}
+    assert seen["moved"], "the edit is not without effect"
+    assert not asked & {row["prompt"] for row in seen["moved"]}
+    alike = module.others(target, Edit(guard, "B", subject="France"))
+    assert seen["asked_aside"] == len({*made.guards(), *alike} - asked)
+
+    egypt = Edit("The capital of Egypt is", "B", subject="Egypt")
+    name = module.others(target, egypt)[0].removeprefix("The capital of ").removesuffix(" is")
+    both = [egypt, Edit(f"the capital of {name} is", "q", subject=name)]
+    _, seen = made.propose(target, both)
+    asked = {p for e in both for p in module.others(target, e)} | {*made.guards()}
+    own = {f"{the} capital of {country} is" for the in ("The", "the") for country in ("Egypt", name)}
+    assert asked & own, "each is like the other"
+    assert not own & {row["prompt"] for row in seen["moved"]}
+    assert seen["asked_aside"] == len(asked - own - {"The capital of Peru is", "the capital of Peru is"})
 
 
 def test_gates_by_what_they_say(folder: Path) -> None:
@@ -463,6 +530,50 @@ def test_an_export_says_what_the_deployment_says(folder: Path, tmp_path: Path) -
     assert not (tmp_path / "adapter").exists()
     with pytest.raises(ConfigError, match="is neither a deployment nor an export"):
         cl_lab.load(tmp_path)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_an_export_fills_the_folder_one_stands_in(
+    folder: Path, tmp_path: Path, adapter: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Deployment(folder)
+    target = made.load()
+    with made.changing():
+        for identifier in made.active() if adapter else ["1"]:
+            made.undo(identifier)
+        if adapter:
+            site = target.down_projection(1)
+            out, into = site.weight.shape
+            delta = Delta(a=torch.ones(1, into), b=0.1 * torch.ones(out, 1))
+            made.bring(target, ["1", "2", "3"], [])
+            made.apply(target, WeightPatch("lora", {}, {site.path: delta}), [Edit("Snow is", "B")])
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for taken in ("..", "/"):
+        with pytest.raises(ConfigError, match="is there already and not empty"):
+            made.export(Path(taken), adapter=adapter)
+    before = left_in(tmp_path)
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for what in (shutil, "move"), (module, "write_atomically"):
+        with monkeypatch.context() as broken:
+            broken.setattr(*what, full)
+            with pytest.raises(DataError, match=r"'\.' cannot be written \(No space left on device\)"):
+                made.export(Path("."), adapter=adapter)
+        assert left_in(tmp_path) == before
+    with pytest.raises(DataError, match="Directory not empty"), module._appearing(Path(".")):
+        (here / "config.json").write_text("here")
+    assert (here / "config.json").read_text() == "here", "what another put there meanwhile stays"
+    (here / "config.json").unlink()
+    found = made.export(Path("."), adapter=adapter)
+    assert "'.'" in found["load"]
+    assert ("adapter_config.json" if adapter else "config.json") in os.listdir(), "also for a shell that stands there"
+    assert {p.name for p in tmp_path.iterdir()} == {"here", "service"}
+    if not adapter:
+        assert same(weights(cl_lab.load(Path("."))), weights(made.load()))
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks for it
@@ -602,6 +713,21 @@ def test_of_a_file_of_facts_bad_ones_are_left_out_if_asked(tmp_path: Path) -> No
     assert seen["bad"] == [{"place": "facts.jsonl:2", "reason": "has no alt"}]
     assert "facts.jsonl:2: has no alt; left out" in cli(*words)
     assert [e.id for e in Deployment(place).events] == ["1"]
+
+
+def test_an_answer_is_as_long_as_in_a_file(tmp_path: Path) -> None:
+    """What a layout with longer answers brought in is read again."""
+    place, facts = tmp_path / "service", tmp_path / "facts.jsonl"
+    gates = [f"--gate={name}={value}" for name, value in LOOSE.items()]
+    cli("init", place, "lr=0.02", "steps=1", "contexts=0", "--model", "tiny", "--editor", "ft-m", *gates)
+    words = ["edit", "apply", str(place), "--prompt", "Zebras have", "--answer", "q" * 401]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, DataError)
+    assert str(result.exception) == "edit: answer has 401 characters, more than max_answer = 400; correct it"
+    facts.write_text(json.dumps({"prompt": "Zebras have", "target_new": "q" * 401}) + "\n")
+    cli("apply", place, "--facts", facts, "--layout", "hallucination", "--force")
+    assert [len(e.answer) for e in Deployment(place).edits("1")] == [401]
+    assert Deployment(place).check() == []
 
 
 def test_a_long_answer_has_room_to_be_right(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cl_lab import cli, edit_scores, registry
+from cl_lab import cli, edit_scores, editing, registry
 from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable, score_facts
 from cl_lab.errors import ConfigError, DataError, EditError
@@ -114,6 +115,77 @@ def test_an_edit_that_cannot_be_made_is_left_out(facts: Path, tmp_path: Path, mo
     document = scored(facts, tmp_path / "out")
     assert [r["prompt"] for r in document["refused"]] == ["B is"]
     assert document["retention"][1] < 1 == document["retention"][2]
+
+
+def test_of_a_batch_only_the_bad_edits_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under their own names; the others are patches of their own, and what all of it took is counted."""
+    facts, out, tried, clock = tmp_path / "facts.jsonl", tmp_path / "out", [], [0.0]
+    facts.write_text("".join(json.dumps({"prompt": f"{c} is", "answer": "x"}) + "\n" for c in "ABCDEFG"))
+    propose = FTM.propose
+
+    def sometimes(self: FTM, model: Any, edits: Any, earlier: Any) -> Any:
+        names = "".join(e.prompt[0] for e in edits)
+        tried.append((names, "".join(e.prompt[0] for e in earlier)))
+        clock[0] += 1
+        if bad := next((n for n in names if n in "CEG"), None):
+            raise EditError(f"prompt '{bad} is': subject 'Z' is not in it")
+        return propose(self, model, edits, earlier)
+
+    monkeypatch.setattr(FTM, "propose", sometimes)
+    monkeypatch.setattr(editing.time, "perf_counter", lambda: clock[0])
+    document = scored(facts, out, batch_size=3, free=False, without=[1])
+    assert tried == [
+        ("ABC", ""),
+        *(("A", ""), ("B", "A"), ("C", "AB")),
+        ("DEF", "AB"),
+        *(("D", "AB"), ("E", "ABD"), ("F", "ABD")),
+        ("G", "ABDF"),
+    ]
+    assert document["refused"] == [
+        {"prompt": f"{c} is", "reason": f"prompt '{c} is': subject 'Z' is not in it"} for c in "CEG"
+    ]
+    assert document["seconds_per_edit"] == 9 / 4, "nine were tried, four made"
+    assert document["without"][0]["removed"] == [1]
+    places = ["000000-000000", "000000-000001", "000001-000000", "000001-000002"]
+    assert sorted(p.name for p in (out / "patches").iterdir()) == places
+
+    # Stopped behind the first of a batch's, it does not try the batch again, but knows what that took.
+    tried.clear()
+    for lost in places[1:]:
+        shutil.rmtree(out / "patches" / lost)
+    again = scored(facts, out, batch_size=3, free=False, without=[1])
+    assert [names for names, _ in tried] == ["B", "C", "DEF", "D", "E", "F", "G"]
+    assert again == document
+    words = ["edit", "score", str(facts), "lr=0.02", "steps=60", "contexts=0", "layer=1", "--editor", "ft-m"]
+    cli.app(
+        [*words, "--model", "tiny", "--batch-size", "3", "--no-free", "--out", str(out)],
+        standalone_mode=False,
+    )
+    assert "3 edits refused" in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_a_full_disk_is_told_and_the_run_goes_on_from_there(
+    facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    write = editing.write_atomically
+
+    def full(path: Path, content: str) -> None:
+        if (json.loads(content)["status"] == "running") == (when == "first"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(editing, "write_atomically", full)
+        with pytest.raises(DataError) as error:
+            scored(facts, tmp_path / "out", free=False)
+    assert str(error.value) == (
+        f"'{tmp_path / 'out/run.json'}' cannot be written (No space left on device); make room and give the same command: "
+        "it goes on from here"
+    )
+    assert scored(facts, tmp_path / "out", free=False)["status"] == "finished"
 
 
 def test_a_fact_that_is_too_long_for_its_editor_alone_is_left_out(tmp_path: Path) -> None:

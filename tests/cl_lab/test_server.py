@@ -363,6 +363,11 @@ def test_an_edit_is_previewed_made_undone_and_done_again(folder: Path) -> None:
         ({"facts": []}, 400, "facts"),
         ({"facts": [{"prompt": "x"}]}, 400, "facts.0.answer"),
         ({"facts": [{"prompt": "x", "answer": " "}]}, 400, "answer"),
+        (
+            {"facts": [{"prompt": "x", "answer": "y" * 401}]},
+            400,
+            "answer has 401 characters, more than max_answer = 400",
+        ),
         ({"facts": [{"prompt": "x", "answer": "y", "subjct": "z"}]}, 400, "facts.0.subjct"),
         ({"preview": "none"}, 409, "preview 'none': is not known (any more)"),
     ],
