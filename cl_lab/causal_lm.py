@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cl_lab.adapters import LowRank, adapted_layers, is_linear, is_transposed
 from cl_lab.errors import ConfigError, nearest
+from cl_lab.files import writing_tensors
 from cl_lab.hub import family_logits, load_causal_lm, short_text, shortened, tiny_causal_lm
 from cl_lab.knobs import knob
 from cl_lab.models import Backbone, Classifier, Head, Stage
@@ -565,7 +566,8 @@ def save_adapters(adapters: Mapping[str, LowRank], model: nn.Module, folder: Pat
         base_model_name_or_path=base,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with writing_tensors():
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 
 
@@ -597,7 +599,8 @@ def save_prompt(model: nn.Module, folder: Path, *, base: str = "") -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"prompt_embeddings": prompt.detach().to("cpu", torch.float32).contiguous()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with writing_tensors():
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 
 

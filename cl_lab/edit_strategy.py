@@ -91,17 +91,22 @@ class EditorStrategy(Strategy):
         # A resumed run begins with nothing in mind; had this one kept what it read, its batches would be rounded otherwise.
         model.memo.clear()
         edits, size = experience.edits, self.edits_per_patch or len(experience.edits)
-        for first in range(0, len(edits), size):
-            some = edits[first : first + size]
+        batches = [range(first, min(first + size, len(edits))) for first in range(0, len(edits), size)]
+        while batches:
+            places, *batches = batches
             try:
-                patch = self._editor.propose(model, some, self._earlier())
+                patch = self._editor.propose(model, [edits[i] for i in places], self._earlier())
             except EditError as error:
-                log.warning("%s; left out", error)
-                self._refused += len(some)
+                if len(places) > 1:  # a bad edit takes no other with it
+                    log.warning("%s; the %d edits of its batch are tried one by one", error, len(places))
+                    batches = [*(range(i, i + 1) for i in places), *batches]
+                else:
+                    log.warning("%s; left out", error)
+                    self._refused += 1
                 continue
             patch.apply(model)
             self._patches.append(patch)
-            self._made += [[experience.index, first + i] for i in range(len(some))]
+            self._made += [[experience.index, i] for i in places]
         self._model(learner).forget_prompts()
 
     def predict(self, batch: Batch, learner: Learner) -> Tensor:

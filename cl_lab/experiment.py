@@ -21,7 +21,7 @@ from cl_lab import environment, registry
 from cl_lab.compat import use_freed_memory_again
 from cl_lab.config import EngineConfig, PluginConfig, RunConfig, StrategyConfig, dump, label_of, parse
 from cl_lab.errors import ConfigError, Interrupted, UserError
-from cl_lab.files import InUse, alone_in, set_aside_name, write_atomically
+from cl_lab.files import InUse, alone_in, set_aside_name, write_atomically, writing_tensors
 from cl_lab.launch import is_rank, run_ranks, stop_on_signals, world_size
 
 log = logging.getLogger("cl_lab")
@@ -140,7 +140,8 @@ def export(folder: Path, to: Path) -> dict[str, Any]:
         to.mkdir(parents=True, exist_ok=True)
         below = _below(config, model.frozen) if isinstance(model, Classifier) and model.frozen is not None else {}
         weights = below | trainer.learner.weights()
-        save_file({n: w.contiguous() for n, w in weights.items()}, to / "weights.safetensors")
+        with writing_tensors():
+            save_file({n: w.contiguous() for n, w in weights.items()}, to / "weights.safetensors")
     except OSError as error:
         raise UserError(f"export: cannot write to '{to}' ({error.strerror}); choose another with --out") from error
     return {"format": "weights", **done}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import time
@@ -21,6 +22,19 @@ class InUse(Exception):
 def cache_root() -> Path:
     """The user's cache: ``$CL_LAB_CACHE``, else ``~/.cache/cl-lab``. Nothing is created."""
     return Path(os.environ.get("CL_LAB_CACHE") or "~/.cache/cl-lab").expanduser()
+
+
+@contextlib.contextmanager
+def writing_tensors() -> Iterator[None]:
+    """Within, what safetensors cannot write raises :class:`OSError`, as any other file does; its own error is none."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(told[1]) if told else errno.EIO
+        raise OSError(number, os.strerror(number)) from error
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cl_lab.compat import import_torchvision
 from cl_lab.errors import ConfigError, DataError, UserError, nearest
-from cl_lab.files import cache_root, write_atomically
+from cl_lab.files import cache_root, write_atomically, writing_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -386,7 +386,8 @@ def save_causal_lm(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
 
     Raises :class:`OSError` as writing does.
     """
-    model.save_pretrained(folder)
+    with writing_tensors():
+        model.save_pretrained(folder)
     if isinstance(tokenizer, PretrainedTokenizer):
         tokenizer.tokenizer.save_pretrained(folder)
 

@@ -355,6 +355,29 @@ def test_a_refused_edit_costs_itself_alone(
     assert "came to nan; left out" in caplog.text
 
 
+def test_a_bad_edit_takes_no_other_of_its_patch_with_it(
+    facts: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = stream_of(facts, experiences=1, per_experience=4)
+    strategy = strategy_of("ft-m", edits_per_patch=3)
+    real, refused = strategy._editor.propose, stream.experiences[0].edits[1]
+    asked: list[list[str]] = []
+
+    def propose(model: Any, edits: Any, earlier: Any = ()) -> Any:
+        asked.append([edit.prompt for edit in edits])
+        if refused in edits:
+            raise EditError(f"ft-m: '{refused.prompt}': came to nan")
+        return real(model, edits, earlier)
+
+    monkeypatch.setattr(strategy._editor, "propose", propose)
+    learnt(strategy, learner_of(stream))
+    prompts = [edit.prompt for edit in stream.experiences[0].edits]
+    assert asked == [prompts[:3], *([prompt] for prompt in prompts)]
+    assert strategy._made == [[0, 0], [0, 2], [0, 3]]
+    assert strategy.measures()["refused"] == 1
+    assert "the 3 edits of its batch are tried one by one" in caplog.text
+
+
 # -- its state -------------------------------------------------------------------------------------------------------
 
 

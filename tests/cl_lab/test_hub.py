@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -303,6 +304,25 @@ class Trap:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs file-size limits")
+def test_a_model_that_cannot_be_written_is_an_os_error(folder: Path, tmp_path: Path) -> None:
+    """As a full disk really shows: an error from inside safetensors, which is none by itself."""
+    program = (
+        "import pathlib, resource, signal, sys\n"
+        "from cl_lab import hub\n"
+        "model, tokenizer = hub.load_causal_lm(sys.argv[1]), hub.load_tokenizer('bytes')\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))\n"
+        "try:\n"
+        "    hub.save_causal_lm(model, tokenizer, pathlib.Path(sys.argv[2]))\n"
+        "except OSError as error:\n"
+        "    print(error.strerror)\n"
+    )
+    call = [sys.executable, "-c", program, str(folder), str(tmp_path / "out")]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "File too large"
 
 
 def test_pickles_are_not_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
