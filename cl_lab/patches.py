@@ -38,7 +38,9 @@ CANDIDATES, SKETCH = 16, 32
 FORMAT = 1
 """Version of the files; another is refused."""
 
-_DOCUMENT, _TENSORS = "patch.json", "patch.safetensors"
+_DOCUMENT, _TENSORS, _COMING = "patch.json", "patch.safetensors", "patch.safetensors.new"
+
+_SAME = 1e-5  # what scores of the same thing may differ by in rounding, as a share of them
 
 
 @dataclass(eq=False)
@@ -109,10 +111,11 @@ class Patch:
         raise NotImplementedError
 
     def save(self, folder: Path) -> str:
-        """Write the patch into ``folder`` (made if need be), each file in one step; returns the digest of its document.
+        """Write the patch into ``folder`` (made if need be); returns the digest of its document.
 
-        The document names the digest of the tensors, so that of the document stands for all of it. Raises :class:`OSError`
-        as writing does; what was there before is then still whole.
+        The document names the digest of the tensors, so that of the document stands for all of it. It is replaced in one
+        step, once the new tensors lie beside the old, whose place they then take: whenever this is stopped,
+        :func:`load_patch` finds the patch that was there or the new one, whole. Raises :class:`OSError` as writing does.
         """
         from safetensors.torch import save
 
@@ -120,8 +123,14 @@ class Patch:
         data = save({name: t.detach().cpu().contiguous() for name, t in self.tensors().items()})
         content = {"format": FORMAT, **self.document(), "sha256": hashlib.sha256(data).hexdigest()}
         document = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-        write_atomically(folder / _TENSORS, data)
-        write_atomically(folder / _DOCUMENT, document)
+        _settle(folder)
+        try:
+            write_atomically(folder / _COMING, data)
+            write_atomically(folder / _DOCUMENT, document)
+            (folder / _COMING).replace(folder / _TENSORS)
+        except BaseException:
+            _settle(folder)
+            raise
         return hashlib.sha256(document).hexdigest()
 
     def document(self) -> dict[str, Any]:
@@ -157,7 +166,7 @@ def load_patch(folder: Path, digest: str | None = None) -> Patch:
     try:
         written = place.read_bytes()
         document = json.loads(written)
-        place = folder / _TENSORS
+        place = _place_of_tensors(folder, document)
         data = place.read_bytes()
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else f"is no JSON ({error})"
@@ -183,6 +192,33 @@ def load_patch(folder: Path, digest: str | None = None) -> Patch:
         raise DataError(
             f"patch '{folder / _DOCUMENT}': lacks a part ({type(error).__name__}: {error}); restore it"
         ) from None
+
+
+def _place_of_tensors(folder: Path, document: Any) -> Path:
+    """Where a saved patch's tensors lie: beside those they replace, if these are what ``document`` names.
+
+    :meth:`Patch.save` leaves them there where it is stopped before its last step.
+    """
+    coming = folder / _COMING
+    wanted = document.get("sha256") if isinstance(document, dict) else None
+    if wanted is not None and coming.is_file() and hashlib.sha256(coming.read_bytes()).hexdigest() == wanted:
+        return coming
+    return folder / _TENSORS
+
+
+def _settle(folder: Path) -> None:
+    """Put tensors that lie beside those they replace in their place if the document names them, or else drop them."""
+    coming = folder / _COMING
+    if not coming.is_file():
+        return
+    try:
+        document = json.loads((folder / _DOCUMENT).read_bytes())
+    except (FileNotFoundError, ValueError):
+        document = None
+    if _place_of_tensors(folder, document) == coming:
+        coming.replace(folder / _TENSORS)
+    else:
+        coming.unlink()
 
 
 def _shape_at(model: EditableModel, path: str) -> tuple[int, int]:
@@ -512,7 +548,8 @@ class SideMemory(Routed):
     """WISE's side memories on one layer: a change of its weight for each shard, and the gap from which each answers.
 
     The gap says whether a memory would answer. Of several that would, as edits about the same subject do, that one answers
-    of which a prompt is most like what is asked, by the cosine of their directions; by the gap, where one has no keys.
+    of which a prompt is most like what is asked, by the cosine of their directions; by the gap, where one has no keys. Of
+    two that are equally like it, as edits of one prompt are, the newer answers.
 
     Gaps are computed for prompts alone that name a memory's subject, where it has one. Of more than :data:`CANDIDATES`
     memories that may answer the gaps are first estimated, each from :data:`SKETCH` random projections of its change (Johnson
@@ -569,12 +606,12 @@ class SideMemory(Routed):
         gaps = torch.full((len(shards), len(inputs)), -1.0, device=inputs.device)
         for n in near.any(1).nonzero().flatten().tolist():
             gaps[n, near[n]] = self._ratio(shards[n], inputs[near[n]], asked[near[n]])
-        would, place = gaps >= 1, gaps.argmax(0)
+        would, place = gaps >= 1, last_of_greatest(gaps)
         if int(would.sum(0).max()) > 1 and all(len(p.keys) for own, _ in self._made.values() for p in own):
             like = torch.full_like(gaps, -torch.inf)
             for n in would.any(1).nonzero().flatten().tolist():
                 like[n, would[n]] = self._likeness(shards[n], inputs[would[n]], asked[would[n]])
-            place = like.argmax(0)
+            place = last_of_greatest(like)
         return torch.where(would.any(0), torch.tensor(shards, device=inputs.device)[place], -1)
 
     def _likeness(self, shard: int, inputs: Tensor, asked: Tensor) -> Tensor:
@@ -614,6 +651,16 @@ class SideMemory(Routed):
         memory = self.changes[which]
         more = inputs.to(memory.dtype) @ memory.T
         return more if self.whole else more * from_prompt_end(asked)
+
+
+def last_of_greatest(scores: Tensor) -> Tensor:
+    """The index ``[B]`` of the greatest of ``scores`` ``[n, B]``, and the last where several are that but for rounding.
+
+    Two edits of one prompt are as like it as each other, and what was said last holds.
+    """
+    best = scores.amax(0)
+    found: Tensor = len(scores) - 1 - (scores >= best - _SAME * best.abs()).flip(0).int().argmax(0)
+    return found
 
 
 def shard_change(patches: Sequence[SidePatch], site: Site) -> Tensor:
@@ -850,7 +897,8 @@ class PromptPatch(Patch):
     """Facts that are put before prompts they concern: ``texts``, and their embeddings ``keys`` ``[n, width]``, of length 1.
 
     ``centre`` ``[width]`` is taken off an embedding before it is compared; a fact concerns a prompt from the cosine
-    ``least`` ``[n]`` on, one for each (a number is that of all), and only the nearest is put there.
+    ``least`` ``[n]`` on, one for each (a number is that of all), and only the nearest is put there: the newest, where
+    several are of the same prompt.
     """
 
     kind: ClassVar[str] = "prompt-memory"
@@ -886,7 +934,7 @@ class PromptPatch(Patch):
         queries = torch.nn.functional.normalize(torch.stack([read[p.layer] - p.centre for p in mine]), dim=1)
         near = torch.cat([p.keys @ query for p, query in zip(mine, queries, strict=True)])
         least = torch.cat([p.thresholds for p in mine])
-        best = int(torch.where(near >= least, near, -torch.inf).argmax())
+        best = int(last_of_greatest(torch.where(near >= least, near, -torch.inf)[:, None]))
         if near[best] < least[best]:
             return prompt, []
         text, patch = [(text, p) for p in mine for text in p.texts][best]

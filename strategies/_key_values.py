@@ -20,14 +20,15 @@ from cl_lab.errors import ConfigError, EditError
 from cl_lab.facts import Edit
 from cl_lab.knobs import knob
 from cl_lab.patches import Delta
-from cl_lab.probe_texts import PARAGRAPHS
 from cl_lab.protocols import Editor
 
 from ._edit_texts import CONTEXTS, descend, edit_layers, refuse_broken, row_loss, unrelated_prompts
+from ._plain_texts import PARAGRAPHS
 
 _WINDOW = (0.2, 0.24, 0.28, 0.32, 0.36)  # of the depth
 _EDITS_AT_ONCE = 8
 _TEXTS_AT_ONCE = 32
+_LONG = 1000  # tokens of an article, in a text that is read at one go
 
 
 # -- subjects ------------------------------------------------------------------------------------------------------
@@ -103,23 +104,28 @@ def subject_inputs(model: EditableModel, subjects: SubjectRows, sites: Sequence[
 def key_moments(model: EditableModel, sites: Sequence[Site]) -> list[Tensor]:
     """``C = E[k kᵀ]`` ``[in, in]`` float64 at each site, uncentred, of the model as it was before any patch.
 
-    From all tokens of the texts that come with this laboratory, :data:`PARAGRAPHS` and :func:`unrelated_prompts`: a few
-    thousand, where the papers take a hundred thousand articles of Wikipedia. The small eigenvalues are poorly known, then,
-    which is what ``ridge`` in :func:`whiten` is for. The texts' perplexity is protected by an edit that uses them.
+    From texts that come with this laboratory and are read for nothing else, :data:`PARAGRAPHS` and
+    :func:`unrelated_prompts`: a few thousand tokens, where the papers take a hundred thousand articles of Wikipedia. The
+    small eigenvalues are poorly known, then, which is what ``ridge`` in :func:`whiten` is for.
+
+    Texts' first tokens are weighed as if texts were :data:`_LONG` tokens long, as articles are. Their key is much the same
+    in all texts and may be ten times as long as others': of texts as short as these, where every tenth token is a first
+    one, they would be nearly all of ``C``'s trace, in whose units ``ridge`` and AlphaEdit's ``threshold`` count. Without
+    any they would not be protected at all.
     """
     if new := [site for site in sites if ("key moments", site.path) not in model.origin]:
         texts = [*PARAGRAPHS, *unrelated_prompts()]
-        sums = {site.path: torch.zeros(()).double() for site in new}
+        sums = {site.path: [torch.zeros(()).double()] * 2 for site in new}  # of first tokens, and of the others
         count = 0
         with model.unpatched():
             for first in range(0, len(texts), _TEXTS_AT_ONCE):
                 tokens = [model.tokenizer.encode(text) for text in texts[first : first + _TEXTS_AT_ONCE]]
-                count += sum(map(len, tokens))
+                count += sum(len(t) - 1 for t in tokens)
                 for path, heard in model.inputs(model.rows([(t, []) for t in tokens]), new).items():
-                    keys = torch.cat(heard).double()
-                    sums[path] = sums[path] + keys.T @ keys
-        for path, total in sums.items():
-            model.origin["key moments", path] = total / count
+                    keys = (torch.cat([h[part] for h in heard]).double() for part in (slice(1), slice(1, None)))
+                    sums[path] = [total + k.T @ k for total, k in zip(sums[path], keys, strict=True)]
+        for path, (firsts, others) in sums.items():
+            model.origin["key moments", path] = firsts / len(texts) / _LONG + others / count * (1 - 1 / _LONG)
     return [model.origin["key moments", site.path] for site in sites]
 
 
@@ -294,7 +300,8 @@ class SpreadEditor(KeyValueEditor):
                 done[site.path] = self._update(model, site, keys, left / (len(sites) - i))
             with changed(model, done):
                 (hidden,) = subject_inputs(model, subjects, [above])
-        missing = (delta - (hidden - first)).norm() / delta.norm()
+        length = delta.norm()  # nothing, and nothing is missing, where all facts hold already
+        missing = (delta - (hidden - first)).norm() / length if length else torch.zeros(())
         refuse_broken(missing, f"{what}: '{edits[0].prompt}', what the layers left of the change")
         return done, found, notes | {"edits": len(edits), "missing": float(missing)}
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cl_lab import seeding
 from cl_lab.editable import Above, EditableModel, Site, check_plain_residual
-from cl_lab.facts import Edit
+from cl_lab.facts import Edit, normalised
 from cl_lab.knobs import knob
-from cl_lab.patches import Patch, SidePatch, packed, shard_change, unpacked
+from cl_lab.patches import Patch, SidePatch, packed, shard_change, threshold, unpacked
 from cl_lab.protocols import Editor
 from cl_lab.subjects import words
 
@@ -44,10 +44,11 @@ class Wise(Editor):
     (:class:`~cl_lab.patches.SideMemory`). A memory acts from the prompt's last own token on, so that what is before it is
     read once for all steps and the margin's tokens and the answer's do not get in each other's way. A shard is one edit,
     unless told otherwise: none overwrites another, and any can be taken away without touching the rest. In larger ones all
-    earlier edits are rehearsed, ``replay`` in each step (the paper's B.3). Held away are unrelated prompts, the edit's own
-    with other subjects, and the nearest prompts of other shards. The answer's end is learnt. A shard's threshold is seven
-    tenths of the least gap of its edits, but not below what all but a ``false_positives`` share of unrelated prompts reach
-    that were not trained on.
+    earlier edits are rehearsed, ``replay`` in each step (the paper's B.3), but for those of a prompt that is edited anew:
+    of two edits of one prompt the newer answers, and the older again when it is taken away. Held away are unrelated
+    prompts, the edit's own with other subjects, and the nearest prompts of other shards. The answer's end is learnt. A
+    shard's threshold is seven tenths of the least gap of its edits, but not below what all but a ``false_positives`` share
+    of unrelated prompts reach that were not trained on.
 
     ``D`` is a mean over the prompt's tokens, of which all but the subject's are the same in the same question about another:
     alone it answers "The capital of Japan is" with Australia's. So where an edit says its subject, a prompt must name it, or
@@ -113,7 +114,7 @@ class Wise(Editor):
         free = mask.nonzero().squeeze(1).to(before.device)
 
         chat = self.chat and model.tokenizer.can_chat
-        held, others = apart(earlier, there, shard)
+        held, others = (besides(some, edits) for some in apart(earlier, there, shard))
         with model.unrouted():  # what reaches the layer is the model's own, and so is what it gives to go on from
             at = _rows_above(model, site, edits, self.contexts, chat)
             old = self._rehearsed(model, site, held, shard, chat)
@@ -137,7 +138,7 @@ class Wise(Editor):
         values = trained.to(torch.bfloat16)
         change = _with(before, free, values.float())
         gap, floor = float(asked.gap(change).min()), float(kept.gap(change).quantile(1 - self.false_positives))
-        return SidePatch(
+        patch = SidePatch(
             "wise",
             notes | {"edits": len(edits), "unit": unit},
             path=site.path,
@@ -151,6 +152,9 @@ class Wise(Editor):
             keys=own_prompts.directions(centre).cpu(),
             centre=centre.cpu(),
         )
+        # No error: it may still answer, if its prompts' other forms do, or once the shard's next edit has rehearsed it.
+        patch.notes["out_of_reach"] = int((own_prompts.gap(change) < threshold([patch])).sum())
+        return patch
 
     def _names(self, edits: Sequence[Edit]) -> tuple[str, ...]:
         """What prompts must name one of; nothing where it is not asked for, or not known of every edit."""
@@ -239,6 +243,12 @@ def apart(earlier: Sequence[Edit], there: Sequence[SidePatch], shard: int) -> tu
     mine = ([False] * len(earlier) + mine)[len(mine) :]  # the last of them, and as many as are known
     own = [e for e, is_mine in zip(earlier, mine, strict=True) if is_mine]
     return own, [e for e, is_mine in zip(earlier, mine, strict=True) if not is_mine]
+
+
+def besides(some: Sequence[Edit], edits: Sequence[Edit]) -> list[Edit]:
+    """Those of ``some`` whose prompt is none of ``edits``'s: what is corrected is neither rehearsed nor held away from."""
+    own = {normalised(e.prompt) for e in edits}
+    return [e for e in some if normalised(e.prompt) not in own]
 
 
 def _edits_of(patch: SidePatch) -> int:

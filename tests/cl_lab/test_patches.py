@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +32,7 @@ from cl_lab.patches import (
     WeightPatch,
     activation_gap,
     embed,
+    last_of_greatest,
     load_patch,
     packed,
     remade,
@@ -358,6 +362,78 @@ def test_damaged_files_are_told_on_one_line(kind: str, tmp_path: Path) -> None:
     assert load_patch(tmp_path, digest[0]).notes == patch.notes, "what told() restores is whole"
 
 
+@pytest.mark.parametrize("step", ["tensors", "document"])
+def test_a_disk_that_is_full_when_a_patch_is_saved_over_another_costs_neither(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = editable()
+    old, new = dense(model, seed=1), dense(model, seed=2)
+    digest = old.save(tmp_path)
+    own, part = module.write_atomically, "json" if step == "document" else "safetensors"
+
+    def full(path: Path, content: bytes) -> None:
+        if part in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        own(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_atomically", full)
+        with pytest.raises(OSError, match="No space left"):
+            new.save(tmp_path)
+    assert same_state(load_patch(tmp_path, digest).tensors(), old.tensors())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["patch.json", "patch.safetensors"]
+    digest = new.save(tmp_path)
+    assert same_state(load_patch(tmp_path, digest).tensors(), new.tensors())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["patch.json", "patch.safetensors"]
+
+
+class Killed(Exception):
+    """The process ends here: nothing that would put things in order runs."""
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("at", range(4))
+def test_a_save_may_be_killed_at_any_step(
+    at: int, fresh: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its ``at``-th rename (there are three) or behind it all, and then again with another patch."""
+    model = editable()
+    old, new, last = (dense(model, seed=n) for n in range(3))
+    if not fresh:
+        old.save(tmp_path)
+    replace, settle, left = Path.replace, module._settle, [at, 0]
+
+    def killed(self: Path, target: Path) -> Path:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return replace(self, target)
+
+    def first_only(folder: Path) -> None:
+        left[1] += 1
+        if left[1] == 1:
+            settle(folder)
+
+    for patch in (new, last):
+        before = None
+        with contextlib.suppress(DataError):
+            before = load_patch(tmp_path).tensors()
+        left[:] = [at, 0]
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
+            patched.setattr(Path, "replace", killed)
+            patched.setattr(module, "_settle", first_only)
+            patch.save(tmp_path)
+        try:
+            found = load_patch(tmp_path).tensors()
+        except DataError:
+            assert before is None, "what was there can be read no more"
+            continue
+        assert any(known and same_state(found, known) for known in (before, patch.tensors()))
+    digest = last.save(tmp_path)
+    assert same_state(load_patch(tmp_path, digest).tensors(), last.tensors())
+    assert not (tmp_path / "patch.safetensors.new").exists()
+
+
 @every
 @pytest.mark.parametrize("part", ["settings", "notes", "editor", "sha256"])
 def test_a_document_that_lacks_a_part_is_told(kind: str, part: str, tmp_path: Path) -> None:
@@ -559,6 +635,39 @@ def test_of_two_shards_that_with_the_larger_ratio_answers() -> None:
     answers = {-1: by_row(editable(), rows)} | {n: by_row(changed("llama", p), rows) for n, p in enumerate(patches)}
     for i, which in enumerate(expected):
         assert torch.allclose(found[i], answers[which][i], atol=1e-4)
+
+
+def test_of_equal_scores_the_last_is_taken_by_hand() -> None:
+    """Columns: a tie, one but for rounding, two that differ, negative ones, none."""
+    scores = torch.tensor(
+        [
+            [1.0, 1 + 1e-6, 1.001, -2.0 + 1e-6, -torch.inf],
+            [1.0, 1.0, 1.0, -2.0, -torch.inf],
+            [0.5, 0.0, 1.0, -2.1, -torch.inf],
+        ]
+    )
+    assert last_of_greatest(scores)[:4].tolist() == [1, 1, 0, 1]
+    assert 0 <= int(last_of_greatest(scores)[4]) < 3, "where nobody answers, whose place it is does not matter"
+
+
+def test_of_equal_memories_the_newest_answers() -> None:
+    """As edits of one prompt have them: equal keys, or without keys equal gaps; undone, the older is back."""
+    model = editable()
+    one, two = side(model, 1e-6, shard=0), side(model, 1e-6, shard=1)
+    two = replace(two, places=one.places, values=one.values)
+    one.apply(model)
+    two.apply(model)
+    assert model.fired(PROMPTS[0]) == [two]
+    for patch in (one, two):
+        width = model.site(patch.path).weight.shape[1]
+        patch.keys, patch.centre = torch.nn.functional.normalize(random(1, width, seed=3), dim=1), torch.zeros(width)
+    assert model.fired(PROMPTS[0]) == [two]
+    two.revert(model)
+    assert model.fired(PROMPTS[0]) == [one]
+    two.apply(model)
+    one.revert(model)
+    one.apply(model)
+    assert model.fired(PROMPTS[0]) == [two]
 
 
 def test_of_many_shards_the_same_answers_as_if_all_were_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,6 +318,26 @@ def test_prompt_memory_forgets_what_is_taken_away(model: EditableModel) -> None:
     assert model.tokenizer.decode(model.read_prompt(TWO.prompt)).startswith(f"{TWO.prompt} {TWO.answer}")
 
 
+@pytest.mark.parametrize("together", [1, 3])  # read with others, a prompt's embedding has other last digits
+def test_prompt_memory_puts_the_newest_of_a_prompts_answers_before_it(model: EditableModel, together: int) -> None:
+    first = memory().propose(model, [THREE, TWO, ONE][-together:])
+    second = memory().propose(model, [Edit(ONE.prompt, "Nice")], [ONE])
+    first.apply(model)
+    second.apply(model)
+
+    def told() -> str:
+        return model.tokenizer.decode(model.read_prompt(ONE.prompt)).partition("\n")[0]
+
+    assert told() == f"{ONE.prompt} Nice"
+    assert model.fired(ONE.prompt) == [second]
+    second.revert(model)
+    assert told() == f"{ONE.prompt} {ONE.answer}", "undone, the first is back"
+    second.apply(model)
+    first.revert(model)
+    first.apply(model)
+    assert told() == f"{ONE.prompt} Nice", "what is brought back lies below what was made after it"
+
+
 def test_prompt_memory_tells_facts_by_its_template(model: EditableModel) -> None:
     patch = memory(template="Note: {prompt} ({answer}).").propose(model, [Edit("What is {x}?", "a {prompt}")])
     assert isinstance(patch, PromptPatch)

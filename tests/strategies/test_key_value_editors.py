@@ -158,13 +158,29 @@ def test_a_token_across_the_subjects_end_counts(model: EditableModel, monkeypatc
 def test_moments_are_those_of_the_model_before_any_patch(model: EditableModel) -> None:
     site, below = model.down_projection(2), model.down_projection(0)
     plain = key_moments(model, [site])[0]
-    assert torch.allclose(plain, plain.T)
     model.origin.clear()
     patch = WeightPatch("x", {}, {below.path: Delta(dense=torch.ones(below.weight.shape))})
     patch.apply(model)
     before = weights(model)
     assert torch.equal(key_moments(model, [site])[0], plain)
     assert same(before, weights(model))
+
+
+def test_moments_are_those_of_long_texts(model: EditableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First tokens weigh as one in a thousand, however short the texts are that they come from."""
+    texts = ["What is it?", "Q", "Rivers of Peru run to the sea."]
+    monkeypatch.setattr("strategies._key_values.PARAGRAPHS", texts[:2])
+    monkeypatch.setattr("strategies._key_values.unrelated_prompts", lambda: texts[2:])
+    site = model.down_projection(2)
+    keys: list[torch.Tensor] = []
+    with site.module.register_forward_pre_hook(lambda _, args: keys.append(args[0][0].double())):
+        for text in texts:
+            model.model(torch.tensor([model.tokenizer.encode(text)]))
+    outer = [[torch.outer(k, k) for k in text] for text in keys]
+    firsts, others = [o[0] for o in outer], [one for o in outer for one in o[1:]]
+    assert len(others) == sum(len(text) - 1 for text in texts), "a text of one token has a first alone"
+    brute = 0.001 * torch.stack(firsts).mean(0) + 0.999 * torch.stack(others).mean(0)
+    assert torch.allclose(key_moments(model, [site])[0], brute, rtol=1e-4, atol=1e-6 * float(brute.abs().max()))
 
 
 # -- editors on a model --------------------------------------------------------------------------------------------
@@ -199,6 +215,57 @@ def test_romes_second_edit_is_found_with_the_first_in_place(model: EditableModel
     second = proposed(editor, model, TWO)
     apart = first.changes[path].value() + second.changes[path].value()
     assert torch.allclose(both.changes[path].value(), apart, atol=1e-4 * float(apart.abs().max()))
+
+
+@pytest.mark.parametrize("make", [ROME, MEMIT, AlphaEdit])
+def test_a_fact_that_already_holds_makes_a_patch_that_changes_nothing(model: EditableModel, make: type[Any]) -> None:
+    patch = proposed(make(stop_at=1e-30, **QUICK), model, ONE, TWO)
+    assert patch.notes["steps"] == 0
+    assert patch.notes.get("missing", 0.0) == 0
+    assert not any(bool(change.value().any()) for change in patch.changes.values())
+
+
+class TestWhatIsSearchedFor:
+    """``δ`` under each of the terms that hold it back, at layer 1 and without beginnings; all else held equal."""
+
+    def delta(self, model: EditableModel, **terms: float) -> torch.Tensor:
+        free: dict[str, Any] = {"contexts": 0, "steps": 40, "stop_at": 1, "kl": 0.0, "decay": 0.0, "clamp": 30.0}
+        found, notes = ROME(layer=1, **{**free, **terms})._search(model, model.down_projection(1), [ONE], "rome")
+        assert notes["steps"] == 40
+        return found[0]
+
+    def following(self, model: EditableModel, delta: torch.Tensor | None) -> torch.Tensor:
+        """Log-probabilities of what follows "Peru is a" with ``delta`` added at its "u", in one plain pass."""
+
+        def adding(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+            return out if delta is None else out.index_add(1, torch.tensor([len("Peru") - 1]), delta[None, None])
+
+        with model.down_projection(1).module.register_forward_hook(adding), torch.no_grad():
+            logits: torch.Tensor = model.model(torch.tensor([model.tokenizer.encode("Peru is a")])).logits
+        return logits[0, -1].log_softmax(0)
+
+    def test_kl_keeps_what_follows_subject_is_a(self, model: EditableModel) -> None:
+        before = self.following(model, None)
+        moved = [
+            float((after.exp() * (after - before)).sum())
+            for after in (self.following(model, self.delta(model, kl=kl)) for kl in (0.0, 1.0, 30.0))
+        ]
+        assert moved[2] < 0.5 * moved[1] < 0.5 * moved[0], moved
+
+    def test_clamp_bounds_its_length_in_units_of_the_layers_output(self, model: EditableModel) -> None:
+        lengths: list[float] = []
+        place = ONE.prompt.index("Peru") + len("Peru") - 1
+        with model.layers[1].register_forward_hook(
+            lambda _, args, out: lengths.append(float((out[0] if isinstance(out, tuple) else out)[0, place].norm()))
+        ):
+            model.model(torch.tensor([model.tokenizer.encode(ONE.prompt)]))
+        for clamp in (0.1, 0.3):
+            assert float(self.delta(model, clamp=clamp).norm()) == pytest.approx(clamp * lengths[0], rel=1e-4)
+        assert float(self.delta(model).norm()) > 0.5 * lengths[0], "nothing else keeps it short"
+
+    def test_decay_shortens_it(self, model: EditableModel) -> None:
+        free, some, much = (float(self.delta(model, decay=decay).norm()) for decay in (0.0, 0.1, 0.5))
+        assert much < 0.9 * some < 0.8 * free
 
 
 def test_memit_brings_what_was_searched_through_several_layers(model: EditableModel) -> None:

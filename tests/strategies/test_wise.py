@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_lab import hub
-from cl_lab.editable import EditableModel
+from cl_lab.editable import EditableModel, Site
 from cl_lab.editing import load_editable
 from cl_lab.errors import DataError
 from cl_lab.facts import Edit
@@ -27,6 +27,7 @@ from strategies.wise import (
     heard_unrelated,
     in_turn,
     nearest,
+    shard_mask,
     together,
 )
 
@@ -68,6 +69,23 @@ def mask_of(model: EditableModel, patch: SidePatch) -> Tensor:
     return unpacked(patch.places, model.site(patch.path).weight.numel())
 
 
+def acted(model: EditableModel, site: Site, shard: int) -> Tensor:
+    """What the patched layer adds to its output for each of its inputs alone, ``[out, in]``, where the shard answers."""
+    (hook,) = model.side.values()
+    ones = torch.eye(site.weight.shape[1])[:, None]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(hook, "choose", lambda inputs, asked: torch.full((len(inputs),), shard))
+        with_it: Tensor = site.module(ones)
+    with model.unrouted():
+        without: Tensor = site.module(ones)
+    return (with_it - without)[:, 0].T
+
+
+def said(model: EditableModel, prompt: str) -> str:
+    (found,) = model.answer([prompt], max_new_tokens=6)
+    return found
+
+
 def test_edits_fill_one_shard_after_another_and_each_has_its_mask(model: EditableModel) -> None:
     patches = made(model, wise(edits_per_shard=2), EDITS)
     a, b, c = (patches[i].shard for i in (0, 2, 4))
@@ -104,13 +122,73 @@ def test_an_edit_that_is_brought_back_lies_with_no_other(model: EditableModel) -
         assert torch.equal(memory.changes[patch.shard], shard_change([patch], model.site(patch.path)))
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("near", [0, 16])
+def test_a_prompt_is_corrected_a_second_time(model: EditableModel, near: int, size: int) -> None:
+    firm = {"rho": 1.0, "unrelated": 128, "sampled": 32, "margin": 4.0, "steps": 200, "stop_at": 0.8}
+    editor = wise(neighbours=near, edits_per_shard=size, **firm)
+    prompt = EDITS[0].prompt
+    edits = [EDITS[1], *(dataclasses.replace(EDITS[0], answer=name) for name in ("Rom", "Ulm"))]
+    beside, first, second = made(model, editor, edits)
+    assert second.notes["out_of_reach"] == 0
+    assert model.fired(prompt) == ([second] if size == 1 else [beside, first, second])
+    assert said(model, prompt) == "Ulm"
+    assert said(model, EDITS[1].prompt) == "Ann"
+    second.revert(model)
+    assert said(model, prompt) == "Rom", "undone, the first is back"
+    second.apply(model)
+    assert said(model, prompt) == "Ulm"
+    if size == 1:
+        first.revert(model)
+        assert said(model, prompt) == "Ulm"
+        first.apply(model)
+        assert said(model, prompt) == "Ulm", "what is brought back lies below what was made after it"
+
+
+def test_what_is_corrected_is_neither_rehearsed_nor_held_away(
+    model: EditableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearsed: list[list[str]] = []
+    away: list[list[str]] = []
+    own = Wise._rehearsed
+
+    def noted(self: Wise, model: EditableModel, site: Site, held: Any, *more: Any) -> Any:
+        rehearsed.append([e.prompt for e in held])
+        return own(self, model, site, held, *more)
+
+    def told(model: EditableModel, site: Site, prompts: Any, others: Any, number: int) -> list[str]:
+        away.append(list(others))
+        return []
+
+    monkeypatch.setattr(Wise, "_rehearsed", noted)
+    monkeypatch.setattr("strategies.wise.nearest", told)
+    editor = wise(edits_per_shard=3, steps=1)
+    made(model, editor, EDITS)
+    prompts = [e.prompt for e in EDITS]
+    for i, kept, others in ((0, prompts[3:], prompts[1:3]), (4, prompts[3:4], prompts[:3])):
+        editor.propose(model, [dataclasses.replace(EDITS[i], answer="Ulm")], EDITS)
+        assert (rehearsed[-1], away[-1]) == (kept, others)
+
+
+def test_prompts_that_the_memory_does_not_answer_are_counted(model: EditableModel) -> None:
+    faint = wise(steps=1, lr=1e-3).propose(model, EDITS[:2])
+    assert isinstance(faint, SidePatch)
+    faint.apply(model)
+    unanswered = [not model.fired(e.prompt) for e in EDITS[:2]]
+    assert any(unanswered)
+    assert faint.notes["out_of_reach"] == sum(unanswered)
+
+
 def test_the_places_of_a_shard_are_the_only_ones_that_move(model: EditableModel) -> None:
     before = {n: p.clone() for n, p in model.model.named_parameters()}
     patches = made(model, wise(edits_per_shard=5, optimizer="sgd", lr=0.5), EDITS[:3])
-    change = shard_change(patches, model.site(patches[0].path)).flatten()
-    mask = mask_of(model, patches[0])
-    assert change[mask].any()
-    assert not change[~mask].any()
+    site, shard = model.site(patches[0].path), patches[0].shard
+    drawn = shard_mask(site.weight.numel(), 0.5, shard, seed=0).view(site.weight.shape)
+    change = acted(model, site, shard)
+    assert change[drawn].any()
+    assert not change[~drawn].any()
+    heard = heard_prompts(model, site, [(e.prompt, False) for e in EDITS[:3]])
+    assert float(heard.gap(change).min()) == pytest.approx(patches[-1].gap, rel=1e-3), "it acts as it was trained"
     assert all(torch.equal(p, before[n]) for n, p in model.model.named_parameters()), "nor does the model itself"
 
 
@@ -311,7 +389,7 @@ def test_groups_that_are_whole_are_read_once(model: EditableModel, monkeypatch: 
     seen.clear()
     patch.apply(model)
     monkeypatch.setattr(editor, "edits_per_shard", 6)
-    editor.propose(model, [EDITS[0]], EDITS)
+    editor.propose(model, [Edit("Iron is", "soft", subject="Iron")], EDITS)
     assert seen == [1, 1], "the new edit and the fifth; the two whole groups are known"
 
 
