@@ -33,6 +33,7 @@ log = logging.getLogger("cl_lab")
 
 _TINY = "tiny"
 _TARGETS = "model.lora_targets"
+_ROWS = 32  # of a decoder that is run whole, in a pass, where its rows are multiplied by their answers
 
 
 class CausalBackbone(Backbone):
@@ -99,7 +100,13 @@ class CausalBackbone(Backbone):
         try:
             with torch.no_grad(), shortened(decoder):
                 one, other = two()
-        except (TypeError, ValueError, AttributeError, LookupError):  # its parts want to be called in another way
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+        ):  # its parts want to be called otherwise
             return False
         finally:
             for module in training:
@@ -142,7 +149,10 @@ class CausalBackbone(Backbone):
     def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """``[B, P + m·A]`` tokens → ``[B, m·A', width]``; ``t`` ``[B]`` for the prefix, where there is one."""
         if self._read is not None and self.prefix is None:
-            return self._said_behind(x, self._read)
+            try:
+                return self._said_behind(x, self._read)
+            except _NotKept:  # by a layer that the short trial did not come to
+                self._remembers, self._read = False, None
         return self._said(x, x >= 0, 0, t)
 
     @contextmanager
@@ -150,8 +160,9 @@ class CausalBackbone(Backbone):
         """Within, :meth:`forward` reads a prompt once: when it comes again, only what stands behind it is read.
 
         Each layer's attention then takes the prompt's keys and values from before, which is how texts are written token by
-        token. It forgets them where a weight has changed. Without gradients. Where the decoder runs whole, has a prefix, or
-        has an attention that does not ask for what it read before, all is as without.
+        token. It forgets them where a weight is another or was changed, but for what is changed through ``.data``, in a
+        buffer or by a hook: nothing may be, within. Without gradients. Where the decoder runs whole, has a prefix, or has an
+        attention that does not ask for what it read before, all is as without.
         """
         if self._remembers is None:
             self._remembers = self.layered and self._remembers_the_same()
@@ -164,12 +175,12 @@ class CausalBackbone(Backbone):
 
     def _remembers_the_same(self) -> bool:
         """Whether a short prompt with two answers gives the same read at once as read one after the other."""
-        text = short_text(self.model, self._prompt + 2 * self._answer)
-        text[:, self._prompt + self._answer + 1 :] = -1  # answers of different lengths
-        if self._prompt > 1:
-            text[:, 0] = -1
 
         def both() -> tuple[Tensor, Tensor]:
+            text = short_text(self.model, self._prompt + 2 * self._answer)  # none where the layers below are gone
+            text[:, self._prompt + self._answer + 1 :] = -1  # answers of different lengths
+            if self._prompt > 1:
+                text[:, 0] = -1
             read = _Prompts()
             self._said_behind(text[:, : self._prompt + self._answer], read)
             return self._said(text, text >= 0, 0).flatten(0, 1), self._said_behind(text, read).flatten(0, 1)
@@ -177,7 +188,7 @@ class CausalBackbone(Backbone):
         return self._alike(both)
 
     def _said_behind(self, x: Tensor, read: _Prompts) -> Tensor:
-        """:meth:`forward`, of prompts that are in ``read`` or put there; :class:`LookupError` where attention did not."""
+        """:meth:`forward`, of prompts that are in ``read`` or put there; :class:`_NotKept` where attention did not."""
         tokens, answers = x.tensor_split((self._prompt,), 1)
         layers: Any = self.model.layers
         if not read.find(tokens, self):
@@ -287,14 +298,24 @@ class CausalBackbone(Backbone):
         ``x`` are tokens ``[B, T]``, or their embeddings ``[B, T, width]``.
         """
         how, x = ("inputs_embeds", x) if x.is_floating_point() else ("input_ids", x.clamp(min=0).long())
-        columns = torch.arange(mask.shape[1], device=mask.device)
+        n, m = len(x), (mask.shape[1] - prompt) // answer if answer else 1
+
+        def apart(v: Tensor) -> Tensor:
+            """Each answer behind its prompt in a row of its own: the first answers of all rows, then the second."""
+            return torch.cat([torch.cat([v[:, :prompt], one], 1) for one in v[:, prompt:].chunk(m, 1)])
+
+        x, mask = apart(x), apart(mask)
         said = []
-        for one in columns[prompt:].split(answer) if answer else (columns[prompt:],):
-            own = torch.cat([columns[:prompt], one])
-            read, places = mask[:, own], _places(mask[:, own], prompt, answer)
-            out = self.model(**{how: x[:, own]}, attention_mask=read.long(), position_ids=places, use_cache=False)
-            said.append(out.last_hidden_state)
-        return torch.cat([said[0][:, :prompt], *(h[:, prompt:] for h in said)], 1)
+        for rows in torch.arange(n * m, device=mask.device).split(max(n, _ROWS)):
+            read = mask[rows]
+            how_placed = {"attention_mask": read.long(), "position_ids": _places(read, prompt, answer)}
+            said.append(self.model(**{how: x[rows]}, **how_placed, use_cache=False).last_hidden_state)
+        every = torch.cat(said).unflatten(0, (m, n))
+        return torch.cat([every[0, :, :prompt], *every[:, :, prompt:]], 1)
+
+
+class _NotKept(LookupError):
+    """A layer's attention did not say what it read."""
 
 
 class _Prompts:
@@ -303,13 +324,17 @@ class _Prompts:
     def __init__(self) -> None:
         self.mask = self.end = self._tokens = torch.empty(0)
         self._states: dict[int, tuple[Tensor, Tensor]] = {}
-        self._weights: list[tuple[int, int]] = []
+        self._weights: list[tuple[Tensor, int]] = []
         self._rows: Tensor | None = None
         self._taking = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Nothing: a copy of the model is asked other things, and remembers for nobody."""
+        return
+
     def find(self, tokens: Tensor, model: nn.Module) -> bool:
         """Whether prompts ``[B, P]`` were read, all of them by the same weights; :meth:`of_rows` are theirs then."""
-        if not self._states or self._weights != _versions(model):
+        if not self._states or not _same_weights(self._weights, _versions(model)):
             return False
         self._rows = None
         if torch.equal(tokens, self._tokens):
@@ -331,7 +356,7 @@ class _Prompts:
     def keep(self, end: Tensor, layers: int) -> None:
         """Keep what the last of ``layers`` said of the prompts' last token, ``[B, 1, width]``; all must have been taken."""
         if len(self._states) != layers:
-            raise LookupError(f"{len(self._states)} of {layers} layers told what they read")
+            raise _NotKept(f"{len(self._states)} of {layers} layers told what they read")
         self.end = end
 
     def of_rows(self, kept: Tensor) -> Tensor:
@@ -348,9 +373,15 @@ class _Prompts:
         return keys, values
 
 
-def _versions(model: nn.Module) -> list[tuple[int, int]]:
-    """Which weights ``model`` has: where they lie, and how often they were changed there."""
-    return [(p.data_ptr(), p._version) for p in model.parameters()]
+def _versions(model: nn.Module) -> list[tuple[Tensor, int]]:
+    """Which weights ``model`` has, and how often they were changed; held, so that no other comes to lie in their place."""
+    return [(p.detach(), p._version) for p in model.parameters()]
+
+
+def _same_weights(one: Sequence[tuple[Tensor, int]], other: Sequence[tuple[Tensor, int]]) -> bool:
+    return len(one) == len(other) and all(
+        p.data_ptr() == q.data_ptr() and v == w for (p, v), (q, w) in zip(one, other, strict=True)
+    )
 
 
 def _window(config: Any) -> float:

@@ -491,10 +491,10 @@ def _appearing(out: Path) -> Iterator[Path]:
     would go on in one that is gone.
     """
     place = out.resolve()  # '.' and '..' have no name beside which something could be written
-    scratch = place.with_name(f".{place.name}")
+    # A name that nothing else has: '.git' or '.config' may well stand beside what is to be 'git' or 'config'.
+    scratch = place.with_name(f".{place.name}.{os.getpid()}.{time.time_ns()}.tmp")
     moved: list[Path] = []
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         yield scratch
         if place.exists():
@@ -507,11 +507,12 @@ def _appearing(out: Path) -> Iterator[Path]:
         else:
             scratch.rename(place)
     except OSError as error:
-        shutil.rmtree(scratch, ignore_errors=True)
         for part in moved:
             shutil.rmtree(part, ignore_errors=True)
             _take_away(part)
         raise DataError(f"'{out}' cannot be written ({error.strerror}); make room or choose another place") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def peft_adapter(

@@ -277,7 +277,9 @@ def is_exact(said: str, answer: str) -> bool:
     one, other = (unicodedata.normalize("NFC", text).strip() for text in (said, answer))
     if any(normal(way(one)) == normal(way(other)) != "" for way in (str, joined)):
         return True
-    return bool(other) and not normal(other) and (_words(one), one.casefold()) == (_words(other), other.casefold())
+    ends = " .,:;!?"
+    one, other = (text.rstrip(ends).casefold() or text for text in (one, other))
+    return bool(other) and not normal(other) and one == other
 
 
 def _says(said: str, answer: str, old: str) -> bool | None:

@@ -596,7 +596,7 @@ class EngineLearner:
             yield batch, answer(batch), rows if hi > lo else None
 
     def _remembering_prompts(self) -> AbstractContextManager[None]:
-        """Within, a language model reads each prompt but once, however often it is asked, where it can."""
+        """Within, this model reads each prompt but once where it can; what else a strategy answers with reads as ever."""
         # ZeRO 3 lays weights out anew for every layer's turn, so whether they have changed cannot be seen.
         if not isinstance(self._plain, Classifier) or self._engine.zero == 3:
             return nullcontext()

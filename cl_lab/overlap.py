@@ -50,8 +50,9 @@ def word_f1(said: str, reference: str) -> float:
 def first_line(said: str, reference: str) -> float:
     """1 where the first lines are the same up to capitals and spaces, else 0; what stands behind them is not looked at.
 
-    Of a choice with its reasons (ScienceQA: ``B``, a line's end, why) this is whether the choice is right, which is what
-    TRACE counts (Wang et al. 2023, arXiv 2310.06762). Lines with nothing in them are passed over.
+    Of a choice with its reasons (ScienceQA: ``B``, a line's end, why) this is whether the choice is right, as in TRACE (Wang
+    et al. 2023, arXiv 2310.06762), whose script looks at the first letter alone: "B because" is right there, and not here.
+    Lines with nothing in them are passed over.
     """
     one, other = (
         next(filter(None, map(str.strip, _folded(text).splitlines())), "").split() for text in (said, reference)

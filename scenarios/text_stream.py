@@ -64,7 +64,7 @@ class TextStream(Scenario):
     as words with the whole right text, also where that was cut to be learnt: ``rouge-l`` (Lin 2004) or ``f1`` (SQuAD's). Of
     answers with reasons behind them (ScienceQA: a letter, then why), ``first-line`` asks for the first line alone. All are
     described in :mod:`cl_lab.overlap`. A task's score is then the mean over its rows, in [0, 1]; no share of valid
-    answers is given, there being no set of them.
+    answers is given for a stream that has such a task, there being no set of them.
 
     ``style_mix`` is SEFE's answer-style diversification (``style-mix``), against forgetting of the form alone: that share
     of each task's training rows is asked for in another way, a quarter of it in each: whether the answer is a given label,

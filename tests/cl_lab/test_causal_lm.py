@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -184,6 +185,78 @@ def test_prompts_are_read_again_by_other_weights(stream: Stream) -> None:
         weight.mul_(2)
         assert torch.allclose(backbone(x), other, atol=1e-6)
     assert not torch.allclose(one, other, atol=1e-3)
+
+
+@torch.no_grad()
+def test_weights_lent_one_after_another_are_told_apart(stream: Stream) -> None:
+    """Each is gone before the next is made, and may come to lie in its place."""
+    _, model = wrapped(stream)
+    x, name = stream.experiences[0].train.x[:4], "model.layers.0.self_attn.k_proj.weight"
+    weight = model.backbone.get_parameter(name)
+    expected = [torch.func.functional_call(model.backbone, {name: weight * scale}, (x,)) for scale in range(2, 6)]
+    with model.backbone.remembering_prompts():
+        for scale, out in zip(range(2, 6), expected, strict=True):
+            found = torch.func.functional_call(model.backbone, {name: weight * scale}, (x,))
+            assert torch.allclose(found, out, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_copy_made_meanwhile_remembers_nothing(stream: Stream) -> None:
+    _, model = wrapped(stream)
+    data = stream.experiences[0].train
+    with model.backbone.remembering_prompts():
+        model(data.x[:4], data.t[:4])
+        copied: Any = copy.deepcopy(model)
+    assert copied.backbone._read is None
+    assert torch.equal(copied(data.x[:4], data.t[:4]), model(data.x[:4], data.t[:4]))
+
+
+@torch.no_grad()
+def test_what_was_put_through_the_lower_layers_is_read_as_ever() -> None:
+    """Where the tokens' embeddings are gone there are no prompts to remember."""
+    stream = toys.stream(form="texts", scoring="first-token")
+    cut = build(stream, frozen="model.layers.0")
+    through = put_through(stream, cut, "model.layers.0", keep=False, device=torch.device("cpu"))
+    latents = through.experiences[0].test
+    expected = cut(latents.x, latents.t)
+    with cut.backbone.remembering_prompts():
+        assert torch.equal(cut(latents.x, latents.t), expected)
+
+
+@torch.no_grad()
+def test_a_layer_that_the_trial_did_not_come_to_may_keep_nothing(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = of_family("llama")
+    backbone = CausalBackbone(plain.base_model, toys.PROMPT, toys.ANSWER).eval()
+    x = stream.experiences[0].train.x[:4]
+    expected = backbone(x)
+    attention = plain.base_model.layers[2].self_attn
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda *a, past_key_values=None, **k: forward(*a, **k))
+    with backbone.remembering_prompts():
+        assert backbone._read is not None, "two layers were tried"
+        for _ in range(2):
+            assert torch.allclose(backbone(x), expected, atol=1e-5)
+    assert backbone._remembers is False
+
+
+@torch.no_grad()
+def test_a_decoder_that_is_run_whole_reads_answers_in_rows(stream: Stream) -> None:
+    """Those of one row stand in rows of their own, some at a time."""
+    plain, model = wrapped(stream)
+    backbone: Any = model.backbone
+    data = stream.experiences[0].train
+    assert stream.answers is not None
+    every = stream.answers.to(torch.int32)
+    x = torch.cat([data.x[:20, : toys.PROMPT], every.flatten().expand(20, -1)], 1)
+    expected = model(x, data.t[:20])
+    backbone._layers = None
+    rows: list[int] = []
+    plain.base_model.layers[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    assert torch.allclose(model(x, data.t[:20]), expected, atol=1e-5)
+    assert sum(rows) == 20 * len(every)
+    assert max(rows) == 32
 
 
 @torch.no_grad()

@@ -532,6 +532,18 @@ def test_an_export_says_what_the_deployment_says(folder: Path, tmp_path: Path) -
         cl_lab.load(tmp_path)
 
 
+def test_an_export_leaves_hidden_folders_beside_it_alone(tmp_path: Path) -> None:
+    """'git' is written beside '.git'."""
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("main")
+    with module._appearing(tmp_path / "git") as scratch:
+        (scratch / "one").write_text("1")
+    with pytest.raises(EditError), module._appearing(tmp_path / "other"):
+        raise EditError("not this one")
+    assert (tmp_path / ".git" / "HEAD").read_text() == "main"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".git", "git"]
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_an_export_fills_the_folder_one_stands_in(
     folder: Path, tmp_path: Path, adapter: bool, monkeypatch: pytest.MonkeyPatch
