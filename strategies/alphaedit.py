@@ -42,7 +42,7 @@ class AlphaEdit(SpreadEditor):
 
     @classmethod
     def conformance_knobs(cls) -> dict[str, Any]:
-        return {"layers": [0], "contexts": 0, "clamp": 30.0, "kl": 0.0, "steps": 150, "l2": 5.0}
+        return {"layers": [0], "contexts": 0, "clamp": 30.0, "kl": 0.0, "steps": 150, "l2": 5.0, "threshold": 1.0}
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         changes, keys, notes = self._spread(model, edits, "alphaedit")
