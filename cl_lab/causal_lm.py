@@ -33,6 +33,7 @@ log = logging.getLogger("cl_lab")
 
 _TINY = "tiny"
 _TARGETS = "model.lora_targets"
+_OTHERWISE = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)  # of parts that want to be called so
 _ROWS = 32  # of a decoder that is run whole, in a pass, where its rows are multiplied by their answers
 
 
@@ -100,13 +101,7 @@ class CausalBackbone(Backbone):
         try:
             with torch.no_grad(), shortened(decoder):
                 one, other = two()
-        except (
-            TypeError,
-            ValueError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-        ):  # its parts want to be called otherwise
+        except _OTHERWISE:
             return False
         finally:
             for module in training:
