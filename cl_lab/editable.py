@@ -337,6 +337,49 @@ class EditableModel:
         return found
 
     @torch.no_grad()
+    def heard(self, prompts: Sequence[tuple[str, bool]], site: Site, batch_size: int = 32) -> list[Tensor]:
+        """What reaches ``site`` from each prompt's own tokens, float32 ``[T_i, in]``; one that is true is a chat's turn.
+
+        A template's tokens, and a text's first, are left out (:class:`Rows`). What all turns begin with is read once for
+        the model as it stands, and what stands behind the last token wanted is not read: several times as fast as
+        :meth:`inputs`, and the same but for rounding. Raises :class:`TooLong` as :meth:`rows` does.
+        """
+        found: dict[int, Tensor] = {}
+        texts = [self.encode_prompt(text, chat=chat) for text, chat in prompts]
+        for chat in (False, True):
+            own = [i for i, (_, is_chat) in enumerate(prompts) if is_chat == chat]
+            for some in (own[first : first + batch_size] for first in range(0, len(own), batch_size)):
+                rows = self.rows([(texts[i], []) for i in some])
+                until = torch.maximum(rows.until, rows.begin + 1)
+                head = int(rows.begin.min()) if chat else 0
+                if not torch.equal(rows.ids[:, :head], rows.ids[:1, :head].expand(len(some), -1)):
+                    head = 0  # the first letters of one run into the template's last token
+                given: dict[str, Any] = {"use_cache": False}
+                if head:
+                    cache = _gathered([(self._opening(rows.ids[0, :head]), [0] * len(some), 0)], head)
+                    place = torch.arange(head, int(until.max()))[None].expand(len(some), -1)
+                    given = {"position_ids": place.to(self.device), "past_key_values": cache, "use_cache": True}
+                there = slice(head, int(until.max()))
+                ids = rows.ids[:, there]
+                telling = self.prompts(rows.asked[:, there], rows.read[:, there], ids)
+                with _listening([site], stop=True) as heard, telling, suppress(_AllHeard):
+                    self.decoder(input_ids=ids.to(self.device), **given)
+                kept = heard[site.path].float().cpu()
+                bounds = zip(some, kept, (rows.begin - head).tolist(), (until - head).tolist(), strict=True)
+                found |= {i: h[begin:end] for i, h, begin, end in bounds}
+        return [found[i] for i in range(len(prompts))]
+
+    def _opening(self, ids: Tensor) -> Any:
+        """The cache of ``ids`` ``[T]``, with which texts begin, read once for the weights as they stand."""
+        key = ("opening", tuple(ids.tolist()))
+        if key not in self.memo:
+            cache = new_cache()
+            with self.unrouted():  # a route is for a prompt's own tokens
+                self.decoder(input_ids=ids[None].to(self.device), past_key_values=cache, use_cache=True)
+            self.memo[key] = cache
+        return self.memo[key]
+
+    @torch.no_grad()
     def above(self, rows: Rows, site: Site, *, from_prompt_end: bool = False) -> Above:
         """What it takes to run ``rows`` through the layers from ``site`` on, again and again, with its output changed.
 
@@ -437,13 +480,15 @@ class EditableModel:
     def unpatched(self) -> Iterator[None]:
         """Run the block with the weights from before any patch, and without what answers for some prompts only."""
         sites = [self.site(path) for path in self.base]
-        kept = [site.module.weight for site in sites]
+        kept, memo = [site.module.weight for site in sites], self.memo
+        self.memo = {} if sites else memo
         with self.unrouted():
             try:
                 for site in sites:
                     site.put(self.base[site.path])
                 yield
             finally:
+                self.memo = memo
                 for site, weight in zip(sites, kept, strict=True):
                     site.module.weight = weight
 

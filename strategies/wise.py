@@ -297,13 +297,8 @@ def together(several: Sequence[Heard]) -> Heard:
 
 
 def heard_prompts(model: EditableModel, site: Site, prompts: Sequence[Asked]) -> Heard:
-    """What ``prompts``, one at least, bring to the site, read in one batch.
-
-    Of a chat's turn the template's tokens are left out: they count for nothing, and are most of it.
-    """
-    rows = model.rows([(model.encode_prompt(text, chat=chat), []) for text, chat in prompts])
-    own = zip(model.inputs(rows, [site])[site.path], rows.begin.tolist(), rows.until.tolist(), strict=True)
-    each = [h[begin : max(until, begin + 1)] for h, begin, until in own]
+    """What ``prompts``, one at least, bring to the site: their own tokens, not a template's, which count for nothing."""
+    each = model.heard(prompts, site)
     of = torch.repeat_interleave(torch.arange(len(each)), torch.tensor([len(h) for h in each]))
     return Heard(torch.cat(each).to(model.device), of.to(model.device), len(each))
 

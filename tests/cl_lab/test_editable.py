@@ -236,6 +236,34 @@ def test_what_reaches_a_site_is_kept_for_each_row(name: str) -> None:
     assert hooks(model) == 0
 
 
+@family
+def test_what_prompts_bring_to_a_site_is_that_of_whole_passes(name: str) -> None:
+    model = EditableModel(editable(name).model, Chatty(), name)
+    site = model.down_projection(2)
+    texts = ["The capital of Peru", "Q", "Who wrote it, and when was that?", "Why?", "The capital of Chile"]
+    prompts = [(text, i % 2 == 1) for i, text in enumerate(texts)] + [(text, True) for text in texts[::-1]]
+    expected = []
+    for text, chat in prompts:
+        rows = model.rows([(model.encode_prompt(text, chat=chat), [])])
+        (whole,) = model.inputs(rows, [site])[site.path]
+        expected.append(whole[int(rows.begin) : max(int(rows.until), int(rows.begin) + 1)])
+    for batch_size in (32, 2):
+        found = model.heard(prompts, site, batch_size)
+        assert [len(h) for h in found] == [len(h) for h in expected]
+        assert all(torch.allclose(own, whole, atol=1e-5) for own, whole in zip(found, expected, strict=True))
+
+    read: list[tuple[int, ...]] = []
+    with model.decoder.register_forward_pre_hook(
+        lambda _, args, given: read.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    ):
+        model.heard(prompts, site)
+    assert read == [(3, len(texts[2])), (7, len(texts[2]))], "neither what all turns begin with, nor what ends them"
+    model.decoder.get_input_embeddings().weight.data.mul_(1.5)
+    model.memo = {}  # as a patch of weights leaves it
+    assert not torch.allclose(model.heard(prompts[1:2], site)[0], expected[1], atol=1e-3)
+    assert hooks(model) == 0
+
+
 class Halved(nn.Module):
     """A feed-forward part whose output counts half."""
 

@@ -213,7 +213,7 @@ def test_prompts_are_heard_once(model: EditableModel, monkeypatch: pytest.Monkey
     asked = both_ways([e.prompt for e in EDITS], False)
     first, unrelated = heard_once(model, site, asked), heard_unrelated(model, site, asked)
     alone = heard_prompts(model, site, asked[1:2])
-    monkeypatch.setattr(model, "inputs", None)
+    monkeypatch.setattr(model, "heard", None)
     found = heard_once(model, site, asked[1:2])
     assert torch.equal(found.tokens, first.tokens[first.of == 1])
     assert torch.equal(found.tokens, alone.tokens), "by itself, whatever else was asked for"
