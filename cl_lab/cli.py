@@ -366,6 +366,9 @@ def edit_score(
     ] = True,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out records that cannot be read.")] = False,
     layout: Annotated[str, typer.Option(help="Layout of the facts, where it is not recognised.")] = "auto",
+    at: Annotated[
+        list[int] | None, typer.Option(help="Also score after the first n edits; may be given again.")
+    ] = None,
     without: Annotated[
         list[int] | None,
         typer.Option(help="In the end take the n-th edit away and ask for the others; may be given again."),
@@ -391,6 +394,7 @@ def edit_score(
             free=free,
             skip_bad=skip_bad,
             layout=layout,
+            at=at or [],
             without=without or [],
             told=progress.told,
         )
@@ -851,10 +855,12 @@ def _edit_table(document: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     held = f"{document['edits']} edits of {document['facts']} in {document['model']} by {document['editor']['name']}"
-    table = Table("", "before", "after", title=held, title_justify="left")
-    before, after = document["before"], document["after"]
-    for name, value in after.items():
-        table.add_row(name.replace("_", " "), *(_cell(v) for v in (before.get(name), value)))
+    parts = document.get("at", [])
+    columns = ["before", *(f"after {part['edits']}" for part in parts), "after"]
+    table = Table("", *columns, title=held, title_justify="left")
+    for name in document["after"]:
+        values = [document["before"].get(name), *(part["after"].get(name) for part in [*parts, document])]
+        table.add_row(name.replace("_", " "), *map(_cell, values))
     return table
 
 

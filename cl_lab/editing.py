@@ -2,7 +2,8 @@
 
 The folder of a run holds ``run.json``, which says what was asked for and what came out, and ``patches/<n>``, one folder for
 each patch in the order they were made; where the edits of a batch could not be made together, ``patches/<n>-<m>`` for the
-``m``-th of them alone. A run that was stopped goes on behind the last whole patch.
+``m``-th of them alone; and ``at/<n>.json``, the scores after the first ``n`` edits. A run that was stopped goes on behind
+the last whole patch.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def score_facts(
     free: bool = True,
     skip_bad: bool = False,
     layout: str = "auto",
+    at: Sequence[int] = (),
     without: Sequence[int] = (),
     told: Told = lambda made, of, what: None,
 ) -> dict[str, Any]:
@@ -88,11 +90,15 @@ def score_facts(
     Edits that contradict one before them, or may (:func:`cl_lab.facts.suspects`), are not refused: ``conflicts`` lists the
     pairs, and ``contested`` says how many edits are in one, and what these and the others were worth.
 
-    ``without`` are edits, counted from 1, to be taken away when all is scored, each from the model with all others; under
-    the same name is what that did to the rest (:func:`_taken_away`). They may differ when a run is given again.
+    ``at`` are numbers of edits after which the model is scored as well, as if no more had followed: a long stream has the
+    short ones in it, made once. Under the same name is a document for each, shortest first: ``edits``, the scores and what
+    follows from them, the cost. ``without`` are edits, counted from 1, to be taken away when all is scored, each from the
+    model with all others; under the same name is what that did to the rest (:func:`_taken_away`). Both may differ when a
+    run is given again.
 
     Raises :class:`ConfigError` where ``out`` holds another run, or another process makes this one there, or there is no such
-    edit to take away, :class:`DataError` for facts that cannot be read, and what the model and the editor refuse.
+    edit to take away or to score after, :class:`DataError` for facts that cannot be read, and what the model and the editor
+    refuse.
     """
     read = read_facts(facts, layout=layout, skip_bad=skip_bad)
     edits = read.edits[skip:][:limit]
@@ -100,6 +106,9 @@ def score_facts(
         raise ConfigError(f"--skip {skip}: '{facts}' holds {len(read.edits)} facts; leave out fewer")
     if wrong := [n for n in without if not 1 <= n <= len(edits)]:
         raise ConfigError(f"--without {wrong[0]}: there are {len(edits)} edits; give 1 to {len(edits)}")
+    if wrong := [n for n in at if not 1 <= n <= len(edits) or (n % batch_size and n < len(edits))]:
+        whole = f", a multiple of --batch-size {batch_size}" if batch_size > 1 else ""
+        raise ConfigError(f"--at {wrong[0]}: give a number from 1 to {len(edits)}, the edits there are{whole}")
     made_by = registry.create("editors", editor, "editor")
     asked = {
         "model": model,
@@ -125,29 +134,67 @@ def score_facts(
             )
         use_freed_memory_again()
         target = load_editable(model)
-        before = edit_scores.ask(target, edits, free=free, chat=chat)
-        old = _scored(target, edits, before, before, free, chat)
-        made, patches = _make(target, made_by, edits, out, batch_size, told)
-        after = edit_scores.ask(target, edits, free=free, chat=chat)
-        new = _scored(target, edits, after, before, free, chat)
-        retention = edit_scores.retention(target, edits, after, chat=chat)
+        scored_at = {n: out / "at" / f"{n:06d}.json" for n in sorted({*at} - {len(edits)})}
+        streams = {
+            n: _Stream(target, edits[:n], free, chat, [*known, *doubted])
+            for n in [*scored_at, len(edits)]
+            if n not in scored_at or not scored_at[n].is_file()
+        }
+
+        def reached(count: int, cost: dict[str, Any]) -> None:
+            if count in scored_at and count in streams:
+                _write(scored_at[count], {"edits": count} | streams[count].scored() | cost)
+
+        made, patches = _make(target, made_by, edits, out, batch_size, told, reached)
+        stream = streams[len(edits)]
+        worth = stream.scored()
         document = asked | {
             "status": "finished",
             "bad": [{"place": b.place, "reason": b.reason} for b in read.bad],
-            "before": old,
-            "after": new,
-            "retention": retention,
-            **_contested(
-                edits, [*known, *doubted], retention, edit_scores.by_edit(target, edits, after, "generality", chat=chat)
-            ),
+            **worth,
             **made,
         }
+        if scored_at:
+            document["at"] = [json.loads(place.read_text(encoding="utf-8")) for place in scored_at.values()]
         if without:
             document["without"] = [
-                _taken_away(model, number, edits, patches, after, retention, chat) for number in dict.fromkeys(without)
+                _taken_away(model, number, edits, patches, stream.after, worth["retention"], chat)
+                for number in dict.fromkeys(without)
             ]
-        _write(out, document)
+        _write(out / "run.json", document)
         return document
+
+
+class _Stream:
+    """The first edits of a run, or all of them: asked before any is made, and scored when the last of them is."""
+
+    def __init__(
+        self, model: EditableModel, edits: Sequence[Edit], free: bool, chat: bool, contested: Sequence[Conflict]
+    ) -> None:
+        self._model, self._edits, self._free, self._chat = model, edits, free, chat
+        mine = {id(edit) for edit in edits}
+        self._contested = [c for c in contested if {id(c.edit), id(c.other)} <= mine]
+        self._before = self._ask()
+        self._old = self._worth(self._before)
+
+    def scored(self) -> dict[str, Any]:
+        """Scores ``before`` and ``after``, ``retention``, and what contradictions are in it (:func:`_contested`)."""
+        model, edits, chat = self._model, self._edits, self._chat
+        self.after = self._ask()
+        retention = edit_scores.retention(model, edits, self.after, chat=chat)
+        general = edit_scores.by_edit(model, edits, self.after, "generality", chat=chat)
+        found = {"before": self._old, "after": self._worth(self.after), "retention": retention}
+        return found | _contested(edits, self._contested, retention, general)
+
+    def _ask(self) -> edit_scores.Asked:
+        return edit_scores.ask(self._model, self._edits, free=self._free, chat=self._chat)
+
+    def _worth(self, said: edit_scores.Asked) -> dict[str, Any]:
+        found = edit_scores.scores(self._model, self._edits, said, self._before, chat=self._chat)
+        found["perplexity"] = edit_scores.perplexity(self._model)
+        if self._free:
+            found["fluency"] = edit_scores.fluency(self._model, self._edits, chat=self._chat)
+        return found
 
 
 def _contested(
@@ -228,21 +275,6 @@ def _changed(places: Sequence[int], before: Sequence[bool], after: Sequence[bool
     }
 
 
-def _scored(
-    model: EditableModel,
-    edits: Sequence[Edit],
-    after: edit_scores.Asked,
-    before: edit_scores.Asked,
-    free: bool,
-    chat: bool,
-) -> dict[str, Any]:
-    found = edit_scores.scores(model, edits, after, before, chat=chat)
-    found["perplexity"] = edit_scores.perplexity(model)
-    if free:
-        found["fluency"] = edit_scores.fluency(model, edits, chat=chat)
-    return found
-
-
 @contextlib.contextmanager
 def _claimed(out: Path, asked: dict[str, Any]) -> Iterator[None]:
     """Make ``out`` the folder of this run, or find it to be so already, and be the one process that works in it.
@@ -262,7 +294,7 @@ def _claimed(out: Path, asked: dict[str, Any]) -> Iterator[None]:
         except OSError as error:
             raise ConfigError(f"--out '{out}': cannot be used ({error.strerror}); choose another folder") from None
         if _may_claim(out, asked):
-            _write(out, asked | {"status": "running"})
+            _write(out / "run.json", asked | {"status": "running"})
         yield
 
 
@@ -291,17 +323,29 @@ def _may_claim(out: Path, asked: dict[str, Any]) -> bool:
 
 
 def _make(
-    model: EditableModel, editor: Any, edits: Sequence[Edit], out: Path, batch_size: int, told: Told
+    model: EditableModel,
+    editor: Any,
+    edits: Sequence[Edit],
+    out: Path,
+    batch_size: int,
+    told: Told,
+    reached: Callable[[int, dict[str, Any]], None],
 ) -> tuple[dict[str, Any], dict[int, Patch]]:
     """Lay one patch after another on ``model``; those that are on disk are read.
 
     Edits that cannot be made together are made alone, so that a bad one takes no other with it. What it took and what was
-    refused, and the patch of each edit by its place, oldest first.
+    refused, and the patch of each edit by its place, oldest first. ``reached`` is called after each batch with how many
+    edits were made or refused by then, and the former so far.
     """
     done: list[Edit] = []
     patches: dict[int, Patch] = {}
     refused: list[dict[str, str]] = []
     seconds = size = 0.0
+
+    def cost() -> dict[str, Any]:
+        count = max(len(done), 1)
+        return {"seconds_per_edit": seconds / count, "bytes_per_edit": size / count, "refused": list(refused)}
+
     for n, first in enumerate(range(0, len(edits), batch_size)):
         whole, folder = range(first, min(first + batch_size, len(edits))), out / "patches" / f"{n:06d}"
         alone = [(range(i, i + 1), folder.with_name(f"{folder.name}-{i - first:06d}")) for i in whole]
@@ -338,8 +382,8 @@ def _make(
             size += patch.nbytes
             told(len(done), len(edits), some[-1].prompt)
         seconds += lost
-    count = max(len(done), 1)
-    return {"seconds_per_edit": seconds / count, "bytes_per_edit": size / count, "refused": refused}, patches
+        reached(whole.stop, cost())
+    return cost(), patches
 
 
 def _save(patch: Any, folder: Path) -> None:
@@ -355,9 +399,9 @@ def _save(patch: Any, folder: Path) -> None:
         ) from error
 
 
-def _write(out: Path, document: dict[str, Any]) -> None:
-    place = out / "run.json"
+def _write(place: Path, document: dict[str, Any]) -> None:
     try:
+        place.parent.mkdir(exist_ok=True)
         write_atomically(place, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise DataError(

@@ -85,6 +85,38 @@ def test_goes_on_behind_the_last_whole_patch(facts: Path, tmp_path: Path, monkey
         assert one.read_bytes() == two.read_bytes()
 
 
+def test_a_long_stream_is_scored_as_the_short_ones_in_it(
+    facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {n: scored(facts, tmp_path / f"first{n}", limit=n) for n in (1, 2)}
+    whole = scored(facts, tmp_path / "out", at=[2, 1, 3, 2])
+    parts = whole.pop("at")
+    assert timeless(whole) == timeless(scored(facts, tmp_path / "plain")), "nothing is made otherwise"
+    assert [part["edits"] for part in parts] == [1, 2], "after all of them it is scored in any case"
+    for part in parts:
+        one = short[part["edits"]]
+        assert timeless(part) == {name: one[name] for name in part if name != "seconds_per_edit"}
+        assert {"before", "after", "retention", "contested", "bytes_per_edit", "refused"} <= part.keys()
+
+    # Of a run that is finished another may be asked for, and what was scored is not asked again.
+    monkeypatch.setattr(FTM, "propose", lambda *args: pytest.fail("all patches are there"))
+    assert scored(facts, tmp_path / "plain", at=[1])["at"][0]["after"] == parts[0]["after"]
+    for part in (tmp_path / "out/at/000002.json", tmp_path / "plain/at/000001.json"):
+        document = json.loads(part.read_text())
+        part.write_text(json.dumps(document | {"retention": "as it was"}))
+    again = scored(facts, tmp_path / "plain", at=[1, 2])["at"]
+    assert [part["retention"] for part in again] == ["as it was", parts[1]["retention"]]
+
+
+def test_there_must_be_so_many_edits_to_score_after(facts: Path, tmp_path: Path) -> None:
+    for wrong in (0, 4):
+        with pytest.raises(ConfigError, match=f"--at {wrong}: give a number from 1 to 3, the edits there are$"):
+            scored(facts, tmp_path / "out", at=[1, wrong])
+    with pytest.raises(ConfigError, match=r"--at 1: give .*, the edits there are, a multiple of --batch-size 2$"):
+        scored(facts, tmp_path / "out", at=[3, 1], batch_size=2)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_what_is_made_again_is_bit_for_bit_what_was_lost(tmp_path: Path, size: int) -> None:
     """Also of an editor that remembers what it heard of earlier edits."""
@@ -513,8 +545,10 @@ def test_from_the_command_line(
     cli.app([*words, str(tmp_path / "one"), "--json"], standalone_mode=False)
     document = json.loads(capsys.readouterr().out)
     assert document["editor"] == {"name": "ft-m", "lr": 0.02, "steps": 5}
-    cli.app([*words, str(tmp_path / "two")], standalone_mode=False)
+    cli.app([*words, str(tmp_path / "two"), "--at", "2"], standalone_mode=False)
     shown = capsys.readouterr().out
+    assert "before" in shown
+    assert "after 2" in shown
     assert "reliability of the oldest third" in shown
     assert "3 edits of facts.jsonl in tiny by ft-m" in shown
     for wrong, why in (("lr=fast", "lr"), ("learning=1", "learning"), ("lr", "key=value")):
