@@ -5,7 +5,7 @@ take one away is to add the others up again, so what is left is bit for bit what
 itself was computed. One that comes back lies where it lay, below those that were made after it, and all is bit for bit as
 before. Patches that answer only for some prompts (side memories, codebooks) hang on a layer as a hook and are asked for each
 row of a batch. A saved patch is ``patch.json`` and ``patch.safetensors``; prompts are in it only if it needs
-them to work (:class:`PromptPatch`; of a side memory the subjects) or the caller asked.
+them to work (:class:`PromptPatch`; of a side memory the subjects alone) or the caller asked.
 """
 
 from __future__ import annotations
@@ -898,7 +898,8 @@ class PromptPatch(Patch):
 
     ``centre`` ``[width]`` is taken off an embedding before it is compared; a fact concerns a prompt from the cosine
     ``least`` ``[n]`` on, one for each (a number is that of all), and only the nearest is put there: the newest, where
-    several are of the same prompt.
+    several are of the same prompt. Of ``subjects``, one list for each fact or none at all, a prompt must name one
+    (:mod:`cl_lab.subjects`), unless the fact has none.
     """
 
     kind: ClassVar[str] = "prompt-memory"
@@ -909,10 +910,12 @@ class PromptPatch(Patch):
     centre: Tensor = field(default_factory=lambda: torch.empty(0))
     least: Tensor | float = 1.0
     layer: int = 0
+    subjects: list[list[str]] = field(default_factory=list)
 
     def fires(self, model: EditableModel) -> str:
         low, high = (f"{float(value):.2f}" for value in self.thresholds.aminmax())
-        return f"cosine of {low if low == high else f'{low} to {high}'} with its prompt"
+        named = f" that names {' or '.join(chain(*self.subjects))}" if any(self.subjects) else ""
+        return f"cosine of {low if low == high else f'{low} to {high}'} with its prompt{named}"
 
     @property
     def thresholds(self) -> Tensor:
@@ -934,6 +937,8 @@ class PromptPatch(Patch):
         queries = torch.nn.functional.normalize(torch.stack([read[p.layer] - p.centre for p in mine]), dim=1)
         near = torch.cat([p.keys @ query for p, query in zip(mine, queries, strict=True)])
         least = torch.cat([p.thresholds for p in mine])
+        named = NamedSubjects([names or None for p in mine for names in p.subjects or [[]] * len(p.texts)])
+        near[~named.among([prompt])[:, 0]] = -torch.inf
         best = int(last_of_greatest(torch.where(near >= least, near, -torch.inf)[:, None]))
         if near[best] < least[best]:
             return prompt, []
@@ -944,7 +949,7 @@ class PromptPatch(Patch):
         return {"keys": self.keys, "centre": self.centre, "least": self.thresholds.contiguous()}
 
     def settings(self) -> dict[str, Any]:
-        return {"texts": self.texts, "layer": self.layer}
+        return {"texts": self.texts, "layer": self.layer, "subjects": self.subjects}
 
     @classmethod
     def made(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Patch:

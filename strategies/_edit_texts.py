@@ -12,6 +12,7 @@ from cl_lab import seeding
 from cl_lab.editable import EditableModel, Site
 from cl_lab.errors import ConfigError, EditError
 from cl_lab.facts import Edit
+from cl_lab.subjects import words
 
 from ._plain_texts import PARAGRAPHS, QUESTIONS
 
@@ -100,6 +101,16 @@ SUBJECTS = (
     "Saint Brannock's School",
     "radio waves",
 )
+
+
+def names(edit: Edit) -> list[str]:
+    """What prompts that ask an edit's question must name one of: its subject, by its words, or an alias of it.
+
+    Nothing where the subject is not known, or not in the edit's own prompt.
+    """
+    if not edit.subject or words(edit.subject) not in words(edit.prompt):
+        return []
+    return [name for name in (edit.subject, *edit.aliases) if name]
 
 
 def neighbours(edit: Edit, number: int) -> list[str]:

@@ -16,7 +16,7 @@ from cl_lab.knobs import knob
 from cl_lab.patches import Patch, PromptPatch, embed, raw_embeddings
 from cl_lab.protocols import Editor
 
-from ._edit_texts import CONTEXTS, unrelated_prompts
+from ._edit_texts import CONTEXTS, names, unrelated_prompts
 
 
 @dataclass
@@ -30,7 +30,9 @@ class PromptMemory(Editor):
         cos(e_q − ē, e_k − ē) ≥ τ,     τ = u + share · (r − u)
 
     where ``u`` is what all but a few unrelated prompts stay below, and ``r`` the least that the edit's own prompt reaches
-    behind beginnings that have nothing to do with it; never below ``u``.
+    behind beginnings that have nothing to do with it; never below ``u``. Nearness alone cannot tell a fact from the same
+    about another subject ("The capital of Japan is"): where an edit says its subject, a prompt must name it, or one of its
+    aliases (``subjects``; :mod:`cl_lab.subjects`).
 
     What differs: no oracle hands over the fact, as the published scores of IKE let it do (the memory is searched for every
     prompt); one statement in place of 32 demonstrations; and no retriever beside the model.
@@ -42,6 +44,7 @@ class PromptMemory(Editor):
     least: float | None = knob(None, "τ, the cosine from which a fact concerns a prompt; null: by share", ge=-1, le=1)
     share: float = knob(0.5, "where τ lies between unrelated prompts (0) and the edit's own (1)", ge=0, le=1)
     template: str = knob("{prompt} {answer}", "how a fact is told, with {prompt} and {answer}", min_length=1)
+    subjects: bool = knob(True, "a prompt must name the edit's subject, or one of its aliases, where the edit says it")
     contexts: int = knob(4, "beginnings put before the prompt for τ", ge=0, le=8)
     unrelated: int = knob(128, "unrelated prompts for ē and for τ", ge=2)
 
@@ -75,6 +78,7 @@ class PromptMemory(Editor):
             centre=centre,
             least=least if self.least is None else self.least,
             layer=layer,
+            subjects=[names(e) if self.subjects else [] for e in edits],
         )
 
     def _unrelated(self, model: EditableModel, layer: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,9 +16,8 @@ from cl_lab.facts import Edit, normalised
 from cl_lab.knobs import knob
 from cl_lab.patches import Patch, SidePatch, packed, shard_change, threshold, unpacked
 from cl_lab.protocols import Editor
-from cl_lab.subjects import words
 
-from ._edit_texts import CONTEXTS, descend, edit_site, forms, neighbours, row_loss, unrelated_prompts
+from ._edit_texts import CONTEXTS, descend, edit_site, forms, names, neighbours, row_loss, unrelated_prompts
 
 Asked = tuple[str, bool]
 """A prompt, and whether it is asked as a chat's turn."""
@@ -135,6 +134,7 @@ class Wise(Editor):
         centre = away.tokens.mean(0)
         trained, notes = self._train(at, old, before, free, away, together(near) if near else None, asked, unit, edits)
 
+        named = [names(e) if self.subjects else [] for e in edits]
         values = trained.to(torch.bfloat16)
         change = _with(before, free, values.float())
         gap, floor = float(asked.gap(change).min()), float(kept.gap(change).quantile(1 - self.false_positives))
@@ -148,19 +148,13 @@ class Wise(Editor):
             gap=gap,
             floor=floor,
             merge=self.mode == "merge",
-            subjects=self._names(edits),
+            subjects=tuple(dict.fromkeys(chain(*named))) if all(named) else (),
             keys=own_prompts.directions(centre).cpu(),
             centre=centre.cpu(),
         )
         # No error: it may still answer, if its prompts' other forms do, or once the shard's next edit has rehearsed it.
         patch.notes["out_of_reach"] = int((own_prompts.gap(change) < threshold([patch])).sum())
         return patch
-
-    def _names(self, edits: Sequence[Edit]) -> tuple[str, ...]:
-        """What prompts must name one of; nothing where it is not asked for, or not known of every edit."""
-        if not self.subjects or not all(e.subject and words(e.subject) in words(e.prompt) for e in edits):
-            return ()
-        return tuple(dict.fromkeys(name for e in edits for name in (e.subject, *e.aliases) if name))
 
     def _rehearsed(self, model: EditableModel, site: Site, held: Sequence[Edit], shard: int, chat: bool) -> list[Above]:
         """The shard's earlier edits, ``replay`` at a time; those that are complete are read once for a shard's life."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from cl_lab.compat import import_torchvision
 from cl_lab.editable import EditableModel
 from cl_lab.errors import ConfigError, EditError
 from cl_lab.facts import Edit
-from cl_lab.patches import Codebook, Delta, KeyPatch, PromptPatch, WeightPatch
+from cl_lab.patches import Codebook, Delta, KeyPatch, PromptPatch, WeightPatch, load_patch
 from strategies.grace import Grace, answer_label
 from strategies.prompt_memory import PromptMemory
 from strategies.ultraedit import Moments, UltraEdit, feed_forward_inputs, kept_moments, shift
@@ -307,6 +308,25 @@ def test_prompt_memory_reads_the_nearest_fact_before_its_prompt_only(model: Edit
     for edit in (ONE, TWO, THREE):
         assert decode(model.read_prompt(edit.prompt)) == f"{edit.prompt} {edit.answer}\n{edit.prompt}"
     assert decode(model.read_prompt("zzzzzz 0123456789")) == "zzzzzz 0123456789"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_prompt_memory_goes_by_the_subject_where_it_is_known(model: EditableModel, asked: bool, tmp_path: Path) -> None:
+    known = Edit(ONE.prompt, ONE.answer, subject="France", aliases=("Gaul",))
+    patch = memory(subjects=asked, least=-1.0).propose(model, [known, TWO])
+    assert ("France" in patch.fires(model)) == asked
+    patch.save(tmp_path)
+    load_patch(tmp_path).apply(model)
+
+    def told(prompt: str) -> str:
+        text: str = model.tokenizer.decode(model.read_prompt(prompt))
+        return text.removesuffix(prompt).rstrip()
+
+    for prompt in (ONE.prompt, "The capital of GAUL is"):
+        assert told(prompt) == f"{ONE.prompt} {ONE.answer}"
+    # The nearest is the same question about another; the fact without a subject is open to whatever is near enough.
+    other = f"{TWO.prompt} {TWO.answer}" if asked else f"{ONE.prompt} {ONE.answer}"
+    assert told("The capital of Francia is") == other
 
 
 def test_prompt_memory_forgets_what_is_taken_away(model: EditableModel) -> None:

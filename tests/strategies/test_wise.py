@@ -295,11 +295,17 @@ def test_a_prompt_must_name_the_subject(model: EditableModel) -> None:
     assert torch.equal(patch.values, plain.values), "it is trained as it would be without"
     assert (patch.subjects, plain.subjects) == (("Peru",), ())
     known = dataclasses.replace(EDITS[0], subject="peru", aliases=("The Republic of Peru", "peru"))
-    assert wise()._names([known]) == ("peru", "The Republic of Peru")
-    assert wise()._names([*EDITS[:2]]) == tuple(e.subject for e in EDITS[:2])
     unknown = Edit("Zebras have", "q")
-    for some in ([unknown], [EDITS[0], unknown], [dataclasses.replace(unknown, subject="Lions")]):
-        assert wise()._names(some) == (), "where one is not known, none is asked for"
+    misplaced = dataclasses.replace(unknown, subject="Lions")
+    for some, expected in (
+        ([known], ("peru", "The Republic of Peru")),
+        (EDITS[:2], tuple(e.subject for e in EDITS[:2])),
+        ([EDITS[0], unknown], ()),  # where one is not known, none is asked for
+        ([misplaced], ()),
+    ):
+        patch = wise(steps=1).propose(model, some)
+        assert isinstance(patch, SidePatch)
+        assert patch.subjects == expected
 
 
 def test_of_several_questions_about_a_subject_the_nearest_answers(model: EditableModel) -> None:
