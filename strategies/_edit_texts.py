@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cl_lab import seeding
-from cl_lab.editable import EditableModel, Site
+from cl_lab.editable import EditableModel, Rows, Site
 from cl_lab.errors import ConfigError, EditError
 from cl_lab.facts import Edit
 from cl_lab.subjects import words
@@ -40,6 +40,24 @@ def forms(model: EditableModel, edit: Edit, contexts: int, chat: bool) -> list[P
     if chat:
         pairs.append((model.encode_prompt(edit.prompt, chat=True), model.encode_answer(edit.answer, chat=True)))
     return pairs
+
+
+def of_like_length(pairs: Sequence[Pair], most: int | None = None) -> list[list[Pair]]:
+    """The pairs in groups of ``most``, each to be one batch, in which none is padded to more than twice its length.
+
+    A chat's turn is, with its template, several times as long as the prompt: together with it, the others would be mostly
+    padding.
+    """
+    groups: list[list[Pair]] = []
+    for pair in sorted(pairs, key=_length):
+        if not groups or _length(pair) > 2 * _length(groups[-1][0]) or len(groups[-1]) == most:
+            groups.append([])
+        groups[-1].append(pair)
+    return groups
+
+
+def _length(pair: Pair) -> int:
+    return len(pair[0]) + len(pair[1])
 
 
 QUESTION_FORMS = (
@@ -142,6 +160,12 @@ def row_loss(logits: Tensor, labels: Tensor, lengths: Tensor) -> tuple[Tensor, T
     of = torch.repeat_interleave(torch.arange(len(lengths), device=each.device), lengths.to(each.device))
     rows = torch.zeros(len(lengths), device=each.device).index_add(0, of, each) / lengths.to(each.device)
     return rows, (-each).exp().detach()
+
+
+def rows_loss(said: Iterable[tuple[Tensor, Rows]]) -> tuple[Tensor, Tensor]:
+    """:func:`row_loss` of several batches, one after another: the logits of each, and its rows."""
+    each = [row_loss(logits, r.labels.to(logits.device), r.length - r.prompt) for logits, r in said]
+    return torch.cat([losses for losses, _ in each]), torch.cat([likely for _, likely in each])
 
 
 def refuse_broken(value: Tensor, what: str) -> None:

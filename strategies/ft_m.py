@@ -15,7 +15,7 @@ from cl_lab.knobs import knob
 from cl_lab.patches import Delta, Patch, WeightPatch
 from cl_lab.protocols import Editor
 
-from ._edit_texts import descend, edit_site, forms, row_loss
+from ._edit_texts import descend, edit_site, forms, of_like_length, rows_loss
 
 
 @dataclass
@@ -45,14 +45,13 @@ class FTM(Editor):
         site = edit_site(model, self.layer, self.module, 2 / 3)
         check_plain_residual(model, site)
         chat = self.chat and model.tokenizer.can_chat
-        at = model.above(model.rows([p for e in edits for p in forms(model, e, self.contexts, chat)]), site)
-        labels, lengths = at.rows.labels.to(at.out.device), at.rows.length - at.rows.prompt
-        delta = torch.zeros(site.weight.shape, device=at.out.device, requires_grad=True)
+        texts = of_like_length([p for e in edits for p in forms(model, e, self.contexts, chat)])
+        parts = [model.above(model.rows(some), site) for some in texts]
+        delta = torch.zeros(site.weight.shape, device=model.device, requires_grad=True)
         optimizer = torch.optim.Adam([delta], lr=self.lr)
-        inputs = at.inputs.float()
 
         def losses() -> tuple[Tensor, Tensor, bool]:
-            rows, likely = row_loss(at.logits(inputs @ delta.T), labels, lengths)
+            rows, likely = rows_loss((at.logits(at.inputs.float() @ delta.T), at.rows) for at in parts)
             return rows.mean(), rows.mean(), float(likely.min()) >= self.stop_at
 
         notes = descend(losses, optimizer, self.steps, f"ft-m: '{edits[0].prompt}'") | {"edits": len(edits)}

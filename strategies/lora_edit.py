@@ -18,7 +18,7 @@ from cl_lab.knobs import knob
 from cl_lab.patches import Delta, Patch, WeightPatch
 from cl_lab.protocols import Editor
 
-from ._edit_texts import descend, edit_layers, forms, row_loss
+from ._edit_texts import descend, edit_layers, forms, of_like_length, rows_loss
 from ._key_values import changed
 
 _WINDOW = (0.48, 0.55, 0.62, 0.69, 0.76)  # of the depth
@@ -58,15 +58,14 @@ class LoRAEdit(Editor):
         layers = edit_layers(model, self.layers, _WINDOW)
         sites = [site for layer in layers for site in self._sites(model, layer)]
         chat = self.chat and model.tokenizer.can_chat
-        rows = model.rows([p for e in edits for p in forms(model, e, self.contexts, chat)])
-        labels, lengths = rows.labels.to(model.device), rows.length - rows.prompt
+        texts = of_like_length([p for e in edits for p in forms(model, e, self.contexts, chat)])
+        parts = [(rows, _logits_from(model, rows, layers[0])) for rows in map(model.rows, texts)]
         factors = self._factors(model, sites, edits)
         optimizer = torch.optim.Adam([f for c in factors.values() for f in (c.a, c.b) if f is not None], lr=self.lr)
-        logits = _logits_from(model, rows, layers[0])
 
         def losses() -> tuple[Tensor, Tensor, bool]:
             with changed(model, factors):
-                each, likely = row_loss(logits(), labels, lengths)
+                each, likely = rows_loss((logits(), rows) for rows, logits in parts)
             return each.mean(), each.mean(), float(likely.min()) >= self.stop_at
 
         notes = descend(losses, optimizer, self.steps, f"lora: '{edits[0].prompt}'") | {"edits": len(edits)}

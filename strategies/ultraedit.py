@@ -17,7 +17,7 @@ from cl_lab.knobs import knob
 from cl_lab.patches import Delta, Patch, WeightPatch
 from cl_lab.protocols import Editor
 
-from ._edit_texts import edit_layers, forms, refuse_broken, refuse_worse
+from ._edit_texts import edit_layers, forms, of_like_length, refuse_broken, refuse_worse
 
 _TINY = 1e-8  # beside a variance
 _AT_ONCE = 32  # rows
@@ -64,14 +64,15 @@ class UltraEdit(Editor):
             site for layer in edit_layers(model, self.layers, _WINDOW) for site in feed_forward_inputs(model, layer)
         ]
         chat = self.chat and model.tokenizer.can_chat
-        rows = model.rows([p for e in edits for p in forms(model, e, self.contexts, chat)])
+        texts = of_like_length([p for e in edits for p in forms(model, e, self.contexts, chat)], _AT_ONCE)
+        batches = [model.rows(some) for some in texts]
         before = {s.path: kept_moments(model, s) for s in sites}
         own = {path: Moments.none(m) for path, m in before.items()}
         changes: dict[str, Delta] = {}
         losses: list[float] = []
         for step in range(self.iterations + 1):
             goes_on = step < self.iterations
-            found, loss, likely = features(model, rows, sites, changes, slopes=goes_on)
+            found, loss, likely = features(model, batches, sites, changes, slopes=goes_on)
             refuse_broken(torch.tensor(loss), f"ultraedit: '{edits[0].prompt}'")
             losses.append(loss)
             if not goes_on or (step and likely >= self.stop_at):
@@ -84,7 +85,12 @@ class UltraEdit(Editor):
             refuse_broken(change.value().norm(), f"ultraedit: '{edits[0].prompt}', {path}")
         refuse_worse(losses, f"ultraedit: '{edits[0].prompt}'")
         statistics = {f"{path}:{name}": value for path, m in own.items() for name, value in m._asdict().items()}
-        notes = {"steps": step, "loss": losses[-1], "tokens": int(rows.said.sum()), "edits": len(edits)}
+        notes = {
+            "steps": step,
+            "loss": losses[-1],
+            "tokens": sum(int(rows.said.sum()) for rows in batches),
+            "edits": len(edits),
+        }
         return WeightPatch("ultraedit", notes, {p: _smallest(c) for p, c in changes.items()}, statistics)
 
 
@@ -170,7 +176,12 @@ def shift(h: Tensor, grad: Tensor, seen: Moments, lr: float) -> Delta:
 
 
 def features(
-    model: EditableModel, rows: Rows, sites: Sequence[Site], changes: Mapping[str, Delta], *, slopes: bool = True
+    model: EditableModel,
+    batches: Sequence[Rows],
+    sites: Sequence[Site],
+    changes: Mapping[str, Delta],
+    *,
+    slopes: bool = True,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float, float]:
     """At the answers' tokens, by path: what reaches each site ``[N, in]`` and the gradient at its output ``[N, out]``.
 
@@ -179,8 +190,7 @@ def features(
     """
     found: dict[str, list[tuple[Tensor, Tensor]]] = {site.path: [] for site in sites}
     total, likely = 0.0, 1.0
-    for first in range(0, len(rows), _AT_ONCE):
-        some = rows.take(slice(first, first + _AT_ONCE))
+    for some in batches:
         said, labels = some.said.to(model.device), some.labels.to(model.device)
         with torch.set_grad_enabled(slopes), model.unrouted(), _tapped(sites, changes) as taps:
             h = model.decoder(input_ids=some.ids.to(model.device), use_cache=False).last_hidden_state
@@ -192,7 +202,7 @@ def features(
         for site, grad in zip(sites if slopes else (), grads, strict=True):
             found[site.path].append((taps[site.path][0][said].float(), grad[said].float()))
     joined = {p: (torch.cat([h for h, _ in own]), torch.cat([g for _, g in own])) for p, own in found.items() if own}
-    return joined, total / int(rows.said.sum()), likely
+    return joined, total / sum(int(rows.said.sum()) for rows in batches), likely
 
 
 @contextmanager
