@@ -7,17 +7,19 @@ one line and exit code 2; ``--debug`` (anywhere on the line) shows the traceback
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.exceptions import TyperException
 
 from cl_lab import __version__
-from cl_lab.errors import ConfigError, DataError, EditError, Interrupted, UserError, nearest
+from cl_lab.errors import ConfigError, DataError, EditError, Interrupted, UserError, nearest, shortened
 
 _TRUST = "--trust-remote-code"
 _TRUSTED = "CL_LAB_TRUST_REMOTE_CODE"  # cl_lab.hub's name of it: --help has no time for that module
@@ -141,8 +143,9 @@ def show(
         return
     cls, _ = registry.load(plural, name)
     rows = registry.describe(plural, name)
+    promises = _promises(cls) if plural == "editors" else {}
     if as_json:
-        _print_json({"name": name, "knobs": rows})
+        _print_json({"name": name, "knobs": rows} | {key: holds for key, (holds, _) in promises.items()})
         return
     from rich.table import Table
 
@@ -154,7 +157,29 @@ def show(
         table.add_row(r["name"], r["type"], default, r["doc"])
     console = _console()
     console.print(inspect.getdoc(cls) or "", markup=False, highlight=False)
+    for _, line in promises.values():
+        console.print(line, markup=False, highlight=False)
     console.print(table if rows else "no knobs", markup=False)
+
+
+def _promises(editor: Any) -> dict[str, tuple[bool, str]]:
+    """What an editor promises beside what its knobs say, by name: whether it does, and a line on it."""
+    said = {
+        "removable": (
+            "Taking an edit away leaves the answers of all others as they were.",
+            "Taking an edit away leaves what the others' patches add up to, bit for bit, but may move the answers of those "
+            "made on top of it: cl-lab edit score --without N tells.",
+        ),
+        "folds": (
+            "Edits are changes of weights: an edited model can be exported as a plain one.",
+            "Edits are no changes of weights: an edited model is served by cl-lab alone.",
+        ),
+        "by_subject": (
+            "Every edit must name its subject as it stands in its prompt.",
+            "Edits need not name their subject.",
+        ),
+    }
+    return {name: (held := bool(getattr(editor, name)), lines[not held]) for name, lines in said.items()}
 
 
 @app.command()
@@ -855,7 +880,7 @@ def _edit_table(document: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     held = f"{document['edits']} edits of {document['facts']} in {document['model']} by {document['editor']['name']}"
-    parts = document.get("at", [])
+    parts = [part for part in document.get("at", []) if part["edits"] < document["edits"]]
     columns = ["before", *(f"after {part['edits']}" for part in parts), "after"]
     table = Table("", *columns, title=held, title_justify="left")
     for name in document["after"]:
@@ -931,15 +956,33 @@ def main() -> None:
     if "--json" in arguments:
         _keep_stdout()
     try:
-        app(arguments, prog_name="cl-lab")
-    except (UserError, Interrupted, KeyboardInterrupt) as error:
+        code = app(arguments, prog_name="cl-lab", standalone_mode=False)
+    except (UserError, Interrupted, KeyboardInterrupt, typer.Abort, TyperException) as error:
         if debug:
             raise
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, (KeyboardInterrupt, typer.Abort)):
             print("stopped", file=sys.stderr)  # noqa: T201
             sys.exit(130)
+        if isinstance(error, TyperException):
+            if line := _misspelt(error, arguments):
+                print(f"error: {line}", file=sys.stderr)  # noqa: T201
+            sys.exit(2)
         print(f"error: {error}" if isinstance(error, UserError) else str(error), file=sys.stderr)  # noqa: T201
         sys.exit({"SIGINT": 130, "SIGTERM": 143}.get(getattr(error, "signal_name", ""), 2))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _misspelt(error: Any, arguments: Sequence[str]) -> str:
+    """What is wrong with a command line, which value is, and where to look; nothing where the help was shown instead."""
+    what = error.format_message().rstrip(".")
+    if not what:  # a group of commands, asked for without any of them
+        return ""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    given = [a.partition("=")[2] for a in arguments if a.partition("=")[0] in names and "=" in a]
+    given += [value for name, value in itertools.pairwise(arguments) if name in names]
+    values = f" (given: {', '.join(map(shortened, given))})" if given else ""
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "cl-lab"
+    return f"{what}{values}; see {command} --help"
 
 
 def _settings(path: Path, overrides: list[str] | None, out: Path | None, data_dir: Path | None) -> tuple[Any, Path]:

@@ -109,8 +109,9 @@ class Deployment:
             raise ConfigError(f"gates: unknown gate '{unknown[0]}'; known: {', '.join(GATES)}")
         for name, value in (gates or {}).items():
             _check_gate(name, value)
-        registry.create("editors", editor, "editor")
+        made_by = registry.create("editors", editor, "editor")
         base = load_editable(model)
+        made_by.check(base)
         document = {
             "format": FORMAT,
             "model": found_from_anywhere(model),
@@ -301,7 +302,7 @@ class Deployment:
             editor, "subjects", False
         ):  # it answers what names the subject; without one, whatever is asked alike
             seen["broken"] += [
-                f"'{e.prompt}' names no subject that is known: what is asked alike of others may be answered so; give it"
+                f"'{e.shown}' names no subject that is known: what is asked alike of others may be answered so; give it"
                 for e in about
                 if not e.subject
             ]
@@ -679,7 +680,7 @@ def _subject_of(edit: Edit) -> str | None:
         return names.guessed(edit.prompt)
     if words(edit.subject) not in words(edit.prompt):
         raise EditError(
-            f"subject '{edit.subject}' is not in the prompt '{edit.prompt}'; name it as the prompt does, or leave it out"
+            f"subject '{edit.subject}' is not in the prompt '{edit.shown}'; name it as the prompt does, or leave it out"
         )
     written = re.search(re.escape(edit.subject), edit.prompt, re.IGNORECASE)
     return written[0] if written else edit.subject

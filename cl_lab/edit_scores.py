@@ -189,7 +189,8 @@ def perplexity(model: EditableModel, texts: Sequence[str] = PARAGRAPHS) -> float
     for text in texts:
         words = text.split(" ")
         first, second = (" ".join(part) for part in (words[: len(words) // 2], words[len(words) // 2 :]))
-        pairs.append((model.read_prompt(first) or [model.tokenizer.end], model.encode_answer(second, end=False)))
+        behind = model.encode_answer(second, end=False)
+        pairs.append((model.read_prompt(first, room=len(behind)) or [model.tokenizer.end], behind))
     rows = model.rows(pairs)
     logits = model.logits(rows, batch_size=4)
     nats = -logits.log_softmax(1).gather(1, rows.labels[:, None])
@@ -204,7 +205,11 @@ def fluency(model: EditableModel, edits: Sequence[Edit], *, seed: int = 0, chat:
     itself.
     """
     most = model.context
-    room = (e.prompt for e in edits if most is None or len(model.read_prompt(e.prompt, chat=chat)) + LENGTH <= most)
+    room = (
+        e.prompt
+        for e in edits
+        if most is None or len(model.read_prompt(e.prompt, chat=chat, room=LENGTH)) + LENGTH <= most
+    )
     prompts = list(islice(room, WRITTEN))
     if not prompts:
         return None
@@ -300,8 +305,9 @@ def _says(said: str, answer: str, old: str) -> bool | None:
 
 def _likeliest(model: EditableModel, probes: Sequence[Probe], chat: bool, batch_size: int) -> list[list[int]]:
     """At the places of each probe's answer, its end not among them, the likeliest tokens."""
-    pairs = [(model.read_prompt(p.prompt, chat=chat), _answer_tokens(model, p, chat)) for p in probes]
-    lengths = [len(a) for _, a in pairs]
+    answers = [_answer_tokens(model, p, chat) for p in probes]
+    pairs = [(model.read_prompt(p.prompt, chat=chat, room=len(a)), a) for p, a in zip(probes, answers, strict=True)]
+    lengths = [len(a) for a in answers]
     best: list[int] = []
     for first in range(0, len(pairs), batch_size):
         best += model.logits(model.rows(pairs[first : first + batch_size]), batch_size).argmax(1).tolist()
@@ -325,7 +331,8 @@ def _passage(model: EditableModel, prompt: str, text: str) -> tuple[list[int], l
     """What of a passage is given, and what is to be predicted, as far as the model reads."""
     rest = text.removeprefix(prompt)
     if rest != text and rest[:1].isspace():
-        given, tokens = model.read_prompt(prompt), model.encode_answer(rest, end=False)
+        tokens = model.encode_answer(rest, end=False)
+        given = model.read_prompt(prompt, room=len(tokens))
     else:
         ids = model.encode_prompt(text)
         given, tokens = ids[:1], ids[1:]

@@ -20,14 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from cl_lab.adapters import is_linear, is_transposed
-from cl_lab.errors import ConfigError, DataError, TooLong, nearest
+from cl_lab.errors import ConfigError, DataError, EditError, TooLong, nearest, shortened
 from cl_lab.hub import Tokenizer, Turn, family_logits, new_cache, tokens_behind
 
 if TYPE_CHECKING:
     from cl_lab.patches import Patch
-
-_SHOWN = 30
-"""Letters of a prompt that is too long, at its beginning and at its end, that a message has."""
 
 _NORMS = ("norm", "ln_f", "final_layer_norm")  # what stands behind the layers: Llama and Mistral, GPT-2 and GPT-J, NeoX
 
@@ -268,9 +265,7 @@ class EditableModel:
         if self.context and tokens + more > self.context:
             begin, until = self._own_part(prompt)
             text = self.tokenizer.decode(list(prompt[begin if begin > 1 else 0 : until]))
-            shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
-            if len(shown) > 2 * _SHOWN:  # of a prompt behind a text of an editor's the end says more
-                shown = f"{shown[:_SHOWN]}…{shown[-_SHOWN:]}"
+            shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shortened(text))
             behind = f" and {more} to answer with" if more else ""
             raise TooLong(
                 f"'{shown}': a text of {tokens} tokens{behind} is longer than the {self.context} the model reads; shorten it"
@@ -506,7 +501,7 @@ class EditableModel:
         """
         found: list[str] = []
         for first in range(0, len(prompts), batch_size):
-            asked = [self.read(p, chat=chat) for p in prompts[first : first + batch_size]]
+            asked = [self.read(p, chat=chat, room=max_new_tokens) for p in prompts[first : first + batch_size]]
             for one in asked:
                 if not one.ids:
                     raise DataError("prompt: has no tokens; ask something")
@@ -528,7 +523,7 @@ class EditableModel:
 
         The same for the same ``seed`` and prompts. Raises :class:`TooLong` where one has no room for so many tokens.
         """
-        asked = [self.read(p, chat=chat) for p in prompts]
+        asked = [self.read(p, chat=chat, room=tokens) for p in prompts]
         for one in asked:
             self._check_length(one.ids, 0, tokens)
         drawn = torch.Generator().manual_seed(seed)
@@ -536,26 +531,36 @@ class EditableModel:
         def draw(logits: Tensor) -> Tensor:
             logits[:, self.tokenizer.end] = -torch.inf
             best = logits.topk(top_k, 1)
+            if not bool(torch.isfinite(best.values).all()):
+                raise EditError(f"model '{self.name}': what it puts out is not finite; nothing can be written with it")
             place = torch.multinomial(best.values.softmax(1).cpu(), 1, generator=drawn)
             return best.indices.cpu().gather(1, place).squeeze(1)
 
         return self._generate(asked, tokens, stop_at_line=False, choose=draw)
 
-    def read_prompt(self, prompt: str, *, chat: bool = False) -> list[int]:
-        """The tokens of a prompt with what the patches put before it."""
-        return self.read(prompt, chat=chat).ids
+    def read_prompt(self, prompt: str, *, chat: bool = False, room: int = 0) -> list[int]:
+        """The tokens of a prompt with what the patches put before it, as :meth:`read` does."""
+        return self.read(prompt, chat=chat, room=room).ids
 
-    def read(self, prompt: str | Sequence[Turn], *, chat: bool = False) -> Prompt:
+    def read(self, prompt: str | Sequence[Turn], *, chat: bool = False, room: int = 0) -> Prompt:
         """A prompt with what the patches put before it; of a conversation's turns, before the last.
 
-        Raises :class:`ConfigError` where a chat is asked for and the model has no template.
+        Nothing is put there where prompt and ``room`` tokens to answer with would then be longer than the model reads: what
+        can be asked without a patch can be asked with it. Raises :class:`ConfigError` where a chat is asked for and the
+        model has no template.
         """
         asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        by: list[Patch] = []
         for patch in self.patches:
             if patch.rewrites and self.tokenizer.encode(asked):  # of nothing, nothing is asked
-                asked, by = patch.rewrite(asked, self)
+                told, by = patch.rewrite(asked, self)
+                found = self._as_prompt(prompt, told, by, chat)
+                if self.context is None or len(found.ids) + room <= self.context:
+                    return found
                 break  # one patch answers for all of its kind
+        return self._as_prompt(prompt, asked, [], chat)
+
+    def _as_prompt(self, prompt: str | Sequence[Turn], asked: str, by: list[Patch], chat: bool) -> Prompt:
+        """A prompt, or a conversation, with ``asked`` in place of what is asked in it."""
         if isinstance(prompt, str):
             ids = self.encode_prompt(asked, chat=chat)
             return Prompt(ids, *self._own_part(ids), by)

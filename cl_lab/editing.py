@@ -134,16 +134,19 @@ def score_facts(
             )
         use_freed_memory_again()
         target = load_editable(model)
-        scored_at = {n: out / "at" / f"{n:06d}.json" for n in sorted({*at} - {len(edits)})}
+        made_by.check(target)
+        places = {n: out / "at" / f"{n:06d}.json" for n in sorted({*at} - {len(edits)})}
+        parts = {n: part for n, place in places.items() if (part := _scored_before(place, asked))}
         streams = {
             n: _Stream(target, edits[:n], free, chat, [*known, *doubted])
-            for n in [*scored_at, len(edits)]
-            if n not in scored_at or not scored_at[n].is_file()
+            for n in [*places, len(edits)]
+            if n not in parts
         }
 
         def reached(count: int, cost: dict[str, Any]) -> None:
-            if count in scored_at and count in streams:
-                _write(scored_at[count], {"edits": count} | streams[count].scored() | cost)
+            if count in places and count not in parts:
+                parts[count] = {"edits": count} | streams[count].scored() | cost
+                _write(places[count], {"run": asked, "scores": parts[count]})
 
         made, patches = _make(target, made_by, edits, out, batch_size, told, reached)
         stream = streams[len(edits)]
@@ -154,8 +157,9 @@ def score_facts(
             **worth,
             **made,
         }
-        if scored_at:
-            document["at"] = [json.loads(place.read_text(encoding="utf-8")) for place in scored_at.values()]
+        if at:
+            parts[len(edits)] = {"edits": len(edits)} | worth | made
+            document["at"] = [parts[n] for n in sorted({*at})]
         if without:
             document["without"] = [
                 _taken_away(model, number, edits, patches, stream.after, worth["retention"], chat)
@@ -195,6 +199,16 @@ class _Stream:
         if self._free:
             found["fluency"] = edit_scores.fluency(self._model, self._edits, chat=self._chat)
         return found
+
+
+def _scored_before(place: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The scores that this very run wrote at ``place``; ``None`` where it did not, or they cannot be read."""
+    try:
+        document = json.loads(place.read_text(encoding="utf-8"))
+        found: dict[str, Any] = document["scores"]
+        return found if document["run"] == asked else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # they are taken anew
 
 
 def _contested(

@@ -55,6 +55,15 @@ class Interrupted(Exception):
         self.signal_name = signal_name
 
 
+_SHOWN = 30  # letters at the beginning and at the end: of a prompt behind an editor's text the end says more
+
+
+def shortened(text: str) -> str:
+    """A text of the user's on one line, without its middle where it is long, as messages have it."""
+    line = " ".join(text.split())
+    return line if len(line) <= 2 * _SHOWN else f"{line[:_SHOWN]}…{line[-_SHOWN:]}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the known name closest to ``word``, else ``"; known: …"``."""
     names = sorted(known)

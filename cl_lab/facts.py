@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cl_lab.errors import ConfigError, DataError, nearest
+from cl_lab.errors import ConfigError, DataError, nearest, shortened
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class Edit:
     same_subject: tuple[Probe, ...] = ()
     irrelevant: tuple[str, ...] = ()
     source: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The prompt as messages have it."""
+        return shortened(self.prompt)
 
     def as_json(self) -> dict[str, Any]:
         """All fields that are not empty, as the plain layout has them."""

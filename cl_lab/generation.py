@@ -190,7 +190,7 @@ class Engine:
             if _over(ask):
                 continue
             try:
-                prompt = ask.model.read(ask.prompt, chat=ask.chat)
+                prompt = ask.model.read(ask.prompt, chat=ask.chat, room=ask.max_tokens)
             except UserError as error:
                 ask.told(Failed(400, str(error)))
                 continue

@@ -892,6 +892,10 @@ class Codebook(Routed):
 # -- facts put before the prompt -----------------------------------------------------------------------------------
 
 
+_NAMED = 5
+"""Names of subjects that a line has at most."""
+
+
 @dataclass(eq=False)
 class PromptPatch(Patch):
     """Facts that are put before prompts they concern: ``texts``, and their embeddings ``keys`` ``[n, width]``, of length 1.
@@ -914,7 +918,10 @@ class PromptPatch(Patch):
 
     def fires(self, model: EditableModel) -> str:
         low, high = (f"{float(value):.2f}" for value in self.thresholds.aminmax())
-        named = f" that names {' or '.join(chain(*self.subjects))}" if any(self.subjects) else ""
+        names = list(dict.fromkeys(chain(*self.subjects)))
+        more = f" or one of {len(names) - _NAMED} others" if len(names) > _NAMED else ""
+        some = "" if all(self.subjects) else ", where a fact's subject is known,"
+        named = f" that{some} names {' or '.join(names[:_NAMED])}{more}" if names else ""
         return f"cosine of {low if low == high else f'{low} to {high}'} with its prompt{named}"
 
     @property

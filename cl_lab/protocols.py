@@ -343,6 +343,9 @@ class Editor:
         """Knobs under which the conformance suite can edit a tiny random model."""
         return {}
 
+    def check(self, model: EditableModel) -> None:
+        """Raise :class:`~cl_lab.errors.ConfigError` where a knob names what ``model`` has not: before any edit is made."""
+
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         """The patch that makes ``edits`` true in ``model``, on top of those that it has; the model is left as it was.
 

@@ -118,7 +118,7 @@ class StrategyEditor(Editor):
             return self._learnt(model, stream, held)
         except TrainingError as error:
             raise EditError(
-                f"{self.name}: '{edits[0].prompt}': {re.split('[:;] ', str(error))[0]}; the model is as it was; lower the "
+                f"{self.name}: '{edits[0].shown}': {re.split('[:;] ', str(error))[0]}; the model is as it was; lower the "
                 "editor's lr"
             ) from error
         finally:
@@ -177,7 +177,7 @@ class StrategyEditor(Editor):
             for what, some, most in zip(("prompt", "answer"), tokens, (self.max_prompt, self.max_answer), strict=True):
                 if len(some) > most:
                     raise EditError(
-                        f"{self.name}: '{edit.prompt}': its {what} takes {len(some)} tokens, max_{what} = {most}; shorten "
+                        f"{self.name}: '{edit.shown}': its {what} takes {len(some)} tokens, max_{what} = {most}; shorten "
                         f"it, or begin anew with a higher max_{what}"
                     )
             pairs.append(tokens)
@@ -204,11 +204,10 @@ class StrategyEditor(Editor):
             trainer = Trainer(stream, learner, chain, config, self.seed)
             trainer.learn(experience)
             last = loss()
-            prompt = experience.edits[0].prompt
             if last >= max(first, 0.1):  # what was known before may get a little worse
                 raise EditError(
-                    f"{self.name}: '{prompt}': the loss went from {first:.3g} to {last:.3g}; the model is as it was; lower "
-                    "the editor's lr"
+                    f"{self.name}: '{experience.edits[0].shown}': the loss went from {first:.3g} to {last:.3g}; the model "
+                    "is as it was; lower the editor's lr"
                 )
             notes = {"steps": trainer.record.steps, "loss": last, "edits": len(experience.edits)}
             changes = self._changes(model, learner, chain, before)

@@ -46,7 +46,9 @@ class NamedSubjects:
     """
 
     def __init__(self, several: Sequence[Sequence[str] | None]) -> None:
-        self._names = [None if names is None else {words(name) for name in names} for names in several]
+        self._names = [
+            None if names is None else {own for n in names if (own := words(n)).strip()} for names in several
+        ]
 
     @property
     def all_open(self) -> bool:

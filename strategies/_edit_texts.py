@@ -128,7 +128,7 @@ def names(edit: Edit) -> list[str]:
     """
     if not edit.subject or words(edit.subject) not in words(edit.prompt):
         return []
-    return [name for name in (edit.subject, *edit.aliases) if name]
+    return [name for name in (edit.subject, *edit.aliases) if words(name).strip()]
 
 
 def neighbours(edit: Edit, number: int) -> list[str]:

@@ -60,7 +60,7 @@ def subject_rows(model: EditableModel, edits: Sequence[Edit], contexts: int, cha
         if not edit.subject or edit.subject not in edit.prompt:
             what = f"subject '{edit.subject}' is not in it" if edit.subject else "has no subject"
             raise EditError(
-                f"prompt '{edit.prompt}': {what}, where this editor writes; give the edit's subject as it stands in the "
+                f"prompt '{edit.shown}': {what}, where this editor writes; give the edit's subject as it stands in the "
                 "prompt, or take an editor that needs none, such as ft-m"
             )
         end = edit.prompt.rindex(edit.subject) + len(edit.subject)
@@ -226,7 +226,7 @@ class KeyValueEditor(Editor):
         steps = 0
         for first in range(0, len(edits), _EDITS_AT_ONCE):
             some = edits[first : first + _EDITS_AT_ONCE]
-            delta, notes = self._search_group(model, site, some, f"{what}: '{some[0].prompt}'")
+            delta, notes = self._search_group(model, site, some, f"{what}: '{some[0].shown}'")
             found.append(delta)
             losses += [notes["loss"]] * len(some)
             steps = max(steps, notes["steps"])
@@ -270,6 +270,20 @@ class SpreadEditor(KeyValueEditor):
         None, "layers whose down-projections are edited; null: five, from a fifth to a third of the depth"
     )
 
+    def check(self, model: EditableModel) -> None:
+        self._places(model)
+
+    def _places(self, model: EditableModel) -> tuple[list[Site], Site]:
+        """What is changed, in order, and the layer above it, that reads what was written."""
+        layers = edit_layers(model, self.layers, _WINDOW)
+        sites = [model.down_projection(layer) for layer in layers]
+        if layers[-1] + 1 == len(model.layers):
+            raise ConfigError(
+                f"layers = {layers}: the last must have one above it that reads what was written (model '{model.name}' has "
+                f"{len(model.layers)})"
+            )
+        return sites, model.layer(layers[-1] + 1)
+
     def _update(self, model: EditableModel, site: Site, keys: Tensor, changes: Tensor) -> Delta:
         """The change at one site for the keys ``[edits, in]``, whose values are to move by ``changes`` ``[edits, out]``."""
         raise NotImplementedError
@@ -278,14 +292,7 @@ class SpreadEditor(KeyValueEditor):
         self, model: EditableModel, edits: Sequence[Edit], what: str
     ) -> tuple[dict[str, Delta], dict[str, Tensor], dict[str, Any]]:
         """Changes by path, the edits' keys by path, and notes."""
-        layers = edit_layers(model, self.layers, _WINDOW)
-        sites = [model.down_projection(layer) for layer in layers]
-        if layers[-1] + 1 == len(model.layers):
-            raise ConfigError(
-                f"layers = {layers}: the last must have one above it that reads what was written (model '{model.name}' has "
-                f"{len(model.layers)})"
-            )
-        above = model.layer(layers[-1] + 1)
+        sites, above = self._places(model)
         done: dict[str, Delta] = {}
         found: dict[str, Tensor] = {}
         with model.unrouted():
@@ -302,7 +309,7 @@ class SpreadEditor(KeyValueEditor):
                 (hidden,) = subject_inputs(model, subjects, [above])
         length = delta.norm()  # nothing, and nothing is missing, where all facts hold already
         missing = (delta - (hidden - first)).norm() / length if length else torch.zeros(())
-        refuse_broken(missing, f"{what}: '{edits[0].prompt}', what the layers left of the change")
+        refuse_broken(missing, f"{what}: '{edits[0].shown}', what the layers left of the change")
         return done, found, notes | {"edits": len(edits), "missing": float(missing)}
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cl_lab.editable import EditableModel, check_plain_residual
+from cl_lab.editable import EditableModel, Site, check_plain_residual
 from cl_lab.facts import Edit
 from cl_lab.knobs import knob
 from cl_lab.patches import Delta, Patch, WeightPatch
@@ -41,8 +41,14 @@ class FTM(Editor):
     def conformance_knobs(cls) -> dict[str, Any]:
         return {"lr": 0.02, "steps": 60, "contexts": 0}
 
+    def check(self, model: EditableModel) -> None:
+        self._site(model)
+
+    def _site(self, model: EditableModel) -> Site:
+        return edit_site(model, self.layer, self.module, 2 / 3)
+
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
-        site = edit_site(model, self.layer, self.module, 2 / 3)
+        site = self._site(model)
         check_plain_residual(model, site)
         chat = self.chat and model.tokenizer.can_chat
         texts = of_like_length([p for e in edits for p in forms(model, e, self.contexts, chat)])
@@ -54,5 +60,5 @@ class FTM(Editor):
             rows, likely = rows_loss((at.logits(at.inputs.float() @ delta.T), at.rows) for at in parts)
             return rows.mean(), rows.mean(), float(likely.min()) >= self.stop_at
 
-        notes = descend(losses, optimizer, self.steps, f"ft-m: '{edits[0].prompt}'") | {"edits": len(edits)}
+        notes = descend(losses, optimizer, self.steps, f"ft-m: '{edits[0].shown}'") | {"edits": len(edits)}
         return WeightPatch("ft-m", notes, {site.path: Delta(dense=delta.detach().cpu())})

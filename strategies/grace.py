@@ -53,8 +53,14 @@ class Grace(Editor):
     def conformance_knobs(cls) -> dict[str, Any]:
         return {"layer": 1, "lr": 0.3, "steps": 200, "unrelated": 8}
 
+    def check(self, model: EditableModel) -> None:
+        self._site(model)
+
+    def _site(self, model: EditableModel) -> Site:
+        return edit_site(model, self.layer, self.module, 0.87)
+
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
-        site = edit_site(model, self.layer, self.module, 0.87)
+        site = self._site(model)
         check_plain_residual(model, site)
         chat = self.chat and model.tokenizer.can_chat
         pairs = [p for e in edits for p in forms(model, e, 0, chat)]
@@ -63,7 +69,7 @@ class Grace(Editor):
             at = model.above(model.rows(pairs), site)
             scales = [self._scales(model, site, as_chat) for as_chat in (False, True)[: 1 + chat]]
         unit = scales[0][1]
-        refuse_broken(torch.tensor(sum(map(sum, scales))), f"grace: '{edits[0].prompt}'")
+        refuse_broken(torch.tensor(sum(map(sum, scales))), f"grace: '{edits[0].shown}'")
         values, notes = self._train(at, unit, edits)
         radii = [self.radius or self.reach * scales[i % (1 + chat)][0] for i in range(len(pairs))]
         return KeyPatch(
@@ -102,7 +108,7 @@ class Grace(Editor):
             each, likely = row_loss(at.logits(behind * values[:, None]), labels, lengths)
             return each.sum(), each.mean(), float(likely.min()) >= self.stop_at  # the rows have nothing in common
 
-        notes = descend(losses, optimizer, self.steps, f"grace: '{edits[0].prompt}'")
+        notes = descend(losses, optimizer, self.steps, f"grace: '{edits[0].shown}'")
         return values.detach(), notes
 
 

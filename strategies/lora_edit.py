@@ -54,6 +54,10 @@ class LoRAEdit(Editor):
     def conformance_knobs(cls) -> dict[str, Any]:
         return {"lr": 0.02, "steps": 80, "contexts": 0}
 
+    def check(self, model: EditableModel) -> None:
+        for layer in edit_layers(model, self.layers, _WINDOW):
+            self._sites(model, layer)
+
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         layers = edit_layers(model, self.layers, _WINDOW)
         sites = [site for layer in layers for site in self._sites(model, layer)]
@@ -68,7 +72,7 @@ class LoRAEdit(Editor):
                 each, likely = rows_loss((logits(), rows) for rows, logits in parts)
             return each.mean(), each.mean(), float(likely.min()) >= self.stop_at
 
-        notes = descend(losses, optimizer, self.steps, f"lora: '{edits[0].prompt}'") | {"edits": len(edits)}
+        notes = descend(losses, optimizer, self.steps, f"lora: '{edits[0].shown}'") | {"edits": len(edits)}
         return WeightPatch("lora", notes, {path: _detached(c) for path, c in factors.items()})
 
     def _sites(self, model: EditableModel, layer: int) -> list[Site]:

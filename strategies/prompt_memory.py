@@ -52,10 +52,13 @@ class PromptMemory(Editor):
     def conformance_knobs(cls) -> dict[str, Any]:
         return {"unrelated": 16}
 
+    def check(self, model: EditableModel) -> None:
+        model.layer(self._layer(model))
+
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         if "{answer}" not in self.template:
             raise ConfigError(f"template = '{self.template}': has no {{answer}}; give one like '{{prompt}} {{answer}}'")
-        layer = round(len(model.layers) / 4) if self.layer is None else self.layer
+        layer = self._layer(model)
         away = self._unrelated(model, layer)
         centre = away.mean(0)
         keys = embed([e.prompt for e in edits], model, layer, centre)
@@ -68,8 +71,10 @@ class PromptMemory(Editor):
         above = far.quantile(0.99, dim=0)
         least = torch.maximum(above + self.share * (near - above), above)
         if not bool(torch.isfinite(least).all()):
-            raise EditError(f"prompt-memory: '{edits[0].prompt}': its embedding is not finite; choose another layer")
+            raise EditError(f"prompt-memory: '{edits[0].shown}': its embedding is not finite; choose another layer")
         texts = [self.template.replace("{prompt}", e.prompt).replace("{answer}", e.answer) for e in edits]
+        for edit, text in zip(edits, texts, strict=True):
+            model.rows([(model.encode_prompt(f"{text}\n{edit.prompt}"), model.encode_answer(edit.answer))])  # has room
         return PromptPatch(
             "prompt-memory",
             {"edits": len(edits), "unrelated": float(above.max()), "own": float(near.min())},
@@ -80,6 +85,9 @@ class PromptMemory(Editor):
             layer=layer,
             subjects=[names(e) if self.subjects else [] for e in edits],
         )
+
+    def _layer(self, model: EditableModel) -> int:
+        return round(len(model.layers) / 4) if self.layer is None else self.layer
 
     def _unrelated(self, model: EditableModel, layer: int) -> Tensor:
         """Raw embeddings ``[n, width]`` of unrelated prompts, computed once for a model as long as its weights stay."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_lab.editable import EditableModel
+from cl_lab.editable import EditableModel, Site
 from cl_lab.facts import Edit
 from cl_lab.knobs import knob
 from cl_lab.patches import Delta, Patch, WeightPatch
@@ -40,8 +40,14 @@ class ROME(KeyValueEditor):
     def conformance_knobs(cls) -> dict[str, Any]:
         return {"layer": 0, "contexts": 0, "clamp": 30.0, "kl": 0.0, "steps": 150}
 
+    def check(self, model: EditableModel) -> None:
+        self._site(model)
+
+    def _site(self, model: EditableModel) -> Site:
+        return edit_site(model, self.layer, self.module, 1 / 3)
+
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
-        site = edit_site(model, self.layer, self.module, 1 / 3)
+        site = self._site(model)
         done: list[Delta] = []
         losses: list[float] = []
         steps = 0

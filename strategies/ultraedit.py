@@ -59,10 +59,15 @@ class UltraEdit(Editor):
     def conformance_knobs(cls) -> dict[str, Any]:
         return {"lr": 3e-3, "iterations": 40, "contexts": 0}
 
+    def check(self, model: EditableModel) -> None:
+        self._sites(model)
+
+    def _sites(self, model: EditableModel) -> list[Site]:
+        layers = edit_layers(model, self.layers, _WINDOW)
+        return [site for layer in layers for site in feed_forward_inputs(model, layer)]
+
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
-        sites = [
-            site for layer in edit_layers(model, self.layers, _WINDOW) for site in feed_forward_inputs(model, layer)
-        ]
+        sites = self._sites(model)
         chat = self.chat and model.tokenizer.can_chat
         texts = of_like_length([p for e in edits for p in forms(model, e, self.contexts, chat)], _AT_ONCE)
         batches = [model.rows(some) for some in texts]
@@ -73,7 +78,7 @@ class UltraEdit(Editor):
         for step in range(self.iterations + 1):
             goes_on = step < self.iterations
             found, loss, likely = features(model, batches, sites, changes, slopes=goes_on)
-            refuse_broken(torch.tensor(loss), f"ultraedit: '{edits[0].prompt}'")
+            refuse_broken(torch.tensor(loss), f"ultraedit: '{edits[0].shown}'")
             losses.append(loss)
             if not goes_on or (step and likely >= self.stop_at):
                 break
@@ -82,8 +87,8 @@ class UltraEdit(Editor):
                 more = shift(h, grad, before[path].joined(own[path]), self.lr)
                 changes[path] = _added(changes[path], more) if path in changes else more
         for path, change in changes.items():
-            refuse_broken(change.value().norm(), f"ultraedit: '{edits[0].prompt}', {path}")
-        refuse_worse(losses, f"ultraedit: '{edits[0].prompt}'")
+            refuse_broken(change.value().norm(), f"ultraedit: '{edits[0].shown}', {path}")
+        refuse_worse(losses, f"ultraedit: '{edits[0].shown}'")
         statistics = {f"{path}:{name}": value for path, m in own.items() for name, value in m._asdict().items()}
         notes = {
             "steps": step,

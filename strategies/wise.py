@@ -100,8 +100,14 @@ class Wise(Editor):
     def conformance_knobs(cls) -> dict[str, Any]:
         return {"contexts": 0, "lr": 0.05, "steps": 150, "stop_at": 0.8, "rho": 0.5, "unrelated": 16}
 
+    def check(self, model: EditableModel) -> None:
+        self._site(model)
+
+    def _site(self, model: EditableModel) -> Site:
+        return edit_site(model, self.layer, self.module, 0.76)
+
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
-        site = edit_site(model, self.layer, self.module, 0.76)
+        site = self._site(model)
         check_plain_residual(model, site)
         there = [p for p in model.patches if type(p) is SidePatch and p.path == site.path]
         shard = place_in_shards(there, edits, self.edits_per_shard, self.seed)
@@ -214,7 +220,7 @@ class Wise(Editor):
             apart = float(0.7 * gap.detach().min()) >= float(far.detach().quantile(1 - self.false_positives))
             return loss, answers, apart and min([likely, *sure]) >= self.stop_at
 
-        notes = descend(losses, optimizer, self.steps, f"wise: '{edits[0].prompt}'")
+        notes = descend(losses, optimizer, self.steps, f"wise: '{edits[0].shown}'")
         return values.detach(), notes
 
 

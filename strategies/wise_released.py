@@ -75,8 +75,14 @@ class WiseReleased(Editor):
     def conformance_knobs(cls) -> dict[str, Any]:
         return {"alpha": 0.5, "beta": 2.0, "gamma": 1.0, "rho": 0.5, "steps": 40, "beginnings": 0}
 
+    def check(self, model: EditableModel) -> None:
+        self._site(model)
+
+    def _site(self, model: EditableModel) -> Site:
+        return edit_site(model, self.layer, self.module, 27 / 31)
+
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
-        site = edit_site(model, self.layer, self.module, 27 / 31)
+        site = self._site(model)
         check_plain_residual(model, site)
         there = [p for p in model.patches if isinstance(p, ReleasedSidePatch) and p.path == site.path]
         shard = place_in_shards(there, edits, self.edits_per_shard, self.seed)
@@ -169,6 +175,6 @@ class WiseReleased(Editor):
             last = value
             return loss, answers, abs(value - then) <= 1e-4 and value <= 0.02
 
-        notes = descend(losses, optimizer, self.steps, f"wise-released: '{edits[0].prompt}'")
+        notes = descend(losses, optimizer, self.steps, f"wise-released: '{edits[0].shown}'")
         change = memory.detach() - weight
         return change, gaps(inputs @ change.T), notes

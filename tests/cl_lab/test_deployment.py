@@ -161,6 +161,10 @@ def test_a_folder_that_is_taken_or_none_is_told(folder: Path, tmp_path: Path) ->
         Deployment(tmp_path / "none")
     with pytest.raises(ConfigError, match="unknown gate 'guard'; known: paraphrases, guards, perplexity"):
         Deployment.create(tmp_path / "new", "tiny", EDITOR, {"guard": 1.0})
+    for wrong, why in (({"layer": 77}, "layer = 77: .* has layers 0 to 3"), ({"module": "nope"}, "module = 'nope'")):
+        with pytest.raises(ConfigError, match=why):
+            Deployment.create(tmp_path / "new", "tiny", {"name": "wise", **wrong})
+    assert not (tmp_path / "new").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="file': is a file; choose a folder"):
         Deployment.create(tmp_path / "file", "tiny", EDITOR)

@@ -90,9 +90,11 @@ def test_a_long_stream_is_scored_as_the_short_ones_in_it(
 ) -> None:
     short = {n: scored(facts, tmp_path / f"first{n}", limit=n) for n in (1, 2)}
     whole = scored(facts, tmp_path / "out", at=[2, 1, 3, 2])
-    parts = whole.pop("at")
+    *parts, last = whole.pop("at")
     assert timeless(whole) == timeless(scored(facts, tmp_path / "plain")), "nothing is made otherwise"
-    assert [part["edits"] for part in parts] == [1, 2], "after all of them it is scored in any case"
+    assert [part["edits"] for part in parts] == [1, 2]
+    assert last == {name: whole[name] for name in last}, "all of them are scored in any case"
+    assert last.keys() == parts[0].keys()
     for part in parts:
         one = short[part["edits"]]
         assert timeless(part) == {name: one[name] for name in part if name != "seconds_per_edit"}
@@ -101,11 +103,30 @@ def test_a_long_stream_is_scored_as_the_short_ones_in_it(
     # Of a run that is finished another may be asked for, and what was scored is not asked again.
     monkeypatch.setattr(FTM, "propose", lambda *args: pytest.fail("all patches are there"))
     assert scored(facts, tmp_path / "plain", at=[1])["at"][0]["after"] == parts[0]["after"]
-    for part in (tmp_path / "out/at/000002.json", tmp_path / "plain/at/000001.json"):
-        document = json.loads(part.read_text())
-        part.write_text(json.dumps(document | {"retention": "as it was"}))
+    place = tmp_path / "plain/at/000001.json"
+    document = json.loads(place.read_text())
+    document["scores"]["retention"] = "as it was"
+    place.write_text(json.dumps(document))
     again = scored(facts, tmp_path / "plain", at=[1, 2])["at"]
     assert [part["retention"] for part in again] == ["as it was", parts[1]["retention"]]
+
+    # Another run's, or what is damaged, is not taken for this one's.
+    for wrong in (json.dumps(document | {"run": document["run"] | {"editor": {"name": "rome"}}}), "", "[1]", "{"):
+        place.write_text(wrong)
+        again = scored(facts, tmp_path / "plain", at=[1])["at"]
+        assert timeless(again[0]) == timeless(parts[0])
+
+
+def test_a_long_edit_in_a_prompt_memory_costs_no_scores(tmp_path: Path) -> None:
+    """Behind its fact a question may be longer than the model reads, which it is not by itself."""
+    facts = tmp_path / "facts.jsonl"
+    long = "The code " + "of the very long box " * 20 + "is"
+    rows = [*FACTS[:1], {"prompt": long, "answer": "q"}, {"prompt": long[60:], "answer": "r"}]
+    facts.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    document = scored(facts, tmp_path / "out", editor={"name": "prompt-memory", "least": -1.0}, at=[1])
+    assert [refused["prompt"] for refused in document["refused"]] == [long, long[60:]], "their own facts find no room"
+    assert document["after"]["reliability"] >= 0
+    assert document["before"].keys() == document["after"].keys()
 
 
 def test_there_must_be_so_many_edits_to_score_after(facts: Path, tmp_path: Path) -> None:
@@ -549,6 +570,7 @@ def test_from_the_command_line(
     shown = capsys.readouterr().out
     assert "before" in shown
     assert "after 2" in shown
+    assert "after 3" not in shown
     assert "reliability of the oldest third" in shown
     assert "3 edits of facts.jsonl in tiny by ft-m" in shown
     for wrong, why in (("lr=fast", "lr"), ("learning=1", "learning"), ("lr", "key=value")):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -290,9 +291,17 @@ def test_a_loss_that_is_not_finite_is_told_on_one_line(name: str) -> None:
 def test_a_place_that_is_not_there_is_told_on_one_line(name: str) -> None:
     known = {k["name"] for k in registry.describe("editors", name)}
     model = editable()
-    for knob, value, part in (("layer", 99, "layer"), ("module", "model.layers.1.mlp.up", "model.layers.1.mlp.up")):
+    editor(name).check(model)
+    wrong: list[tuple[str, Any, str]] = [
+        ("layer", 99, "layer = 99: .* has layers 0 to"),
+        ("layers", [99], "layer = 99: .* has layers 0 to"),
+        ("module", "model.layers.1.mlp.up", "model.layers.1.mlp.up"),
+    ]
+    for knob, value, part in wrong:
         if knob in known:
-            with pytest.raises(ConfigError, match=part) as caught:
-                editor(name, **{knob: value}).propose(model, EDITS)
-            assert "\n" not in str(caught.value)
-            assert (model.patches, hooks(model)) == ([], 0)
+            made = editor(name, **{knob: value})
+            for refuse in (partial(made.propose, model, EDITS), partial(made.check, model)):
+                with pytest.raises(ConfigError, match=part) as caught:
+                    refuse()
+                assert "\n" not in str(caught.value)
+                assert (model.patches, hooks(model)) == ([], 0)

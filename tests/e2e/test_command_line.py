@@ -272,6 +272,26 @@ def test_lists_and_shows(cl_lab: CommandLine) -> None:
     assert "did you mean 'strategies'" in cl_lab.error("list", "strategys")
 
 
+def test_says_what_an_editor_promises(cl_lab: CommandLine) -> None:
+    for name, removable in (("grace", True), ("rome", False)):
+        assert cl_lab.json("show", "editor", name)["removable"] == removable
+        assert (
+            "Taking an edit away leaves the answers of all others" in cl_lab("show", "editor", name).stdout
+        ) == removable
+
+
+def test_a_command_that_is_no_command_is_told_on_one_line(cl_lab: CommandLine) -> None:
+    for words, expected in (
+        (("edit", "score", "facts.jsonl", "--at", "two"), r"'--at'.*\(given: two\); see cl-lab edit score --help"),
+        (("edit", "score", "facts.jsonl", "--skip=-1"), r"'--skip'.*\(given: -1\); see cl-lab edit score --help"),
+        (("edit", "scor"), "No such command 'scor'.*; see cl-lab edit --help"),
+        (("run", "a.yaml", "--resum"), "No such option: --resum .*; see cl-lab run --help"),
+        (("edit", "score"), "Missing argument 'facts'; see cl-lab edit score --help"),
+    ):
+        assert re.search(expected, cl_lab.error(*words))
+    assert "Usage: cl-lab edit" in cl_lab("edit", code=2).stdout, "a group alone shows what it has"
+
+
 def test_light_commands_do_not_load_torch() -> None:
     code = (
         "import sys; sys.argv = ['cl-lab', 'list', 'strategies']\n"

@@ -13,7 +13,7 @@ import torch
 from cl_lab import hub
 from cl_lab.compat import import_torchvision
 from cl_lab.editable import EditableModel
-from cl_lab.errors import ConfigError, EditError
+from cl_lab.errors import ConfigError, EditError, TooLong
 from cl_lab.facts import Edit
 from cl_lab.patches import Codebook, Delta, KeyPatch, PromptPatch, WeightPatch, load_patch
 from strategies.grace import Grace, answer_label
@@ -356,6 +356,48 @@ def test_prompt_memory_puts_the_newest_of_a_prompts_answers_before_it(model: Edi
     first.revert(model)
     first.apply(model)
     assert told() == f"{ONE.prompt} Nice", "what is brought back lies below what was made after it"
+
+
+def test_prompt_memory_leaves_a_fact_out_for_which_there_is_no_room(model: EditableModel) -> None:
+    context = model.context
+    assert context is not None
+    patch = memory(least=-1.0).propose(model, [ONE])
+    patch.apply(model)
+    fact = len(model.read_prompt(ONE.prompt)) - len(model.encode_prompt(ONE.prompt))
+    prompt = "a" * (context - fact - 10)
+    assert model.read(prompt, room=10).by == [patch]
+    assert model.read(prompt, room=11).by == []
+    assert model.read(prompt, room=11).ids == model.encode_prompt(prompt)
+    assert len(model.answer([prompt], max_new_tokens=11)) == 1, "what can be asked without it can be asked with it"
+    long = Edit("b" * (context // 2), "Lyon")
+    with pytest.raises(TooLong, match=r"^'b{30}…b{30}': a text of \d+ tokens is longer than the \d+ the model reads"):
+        memory().propose(model, [long])
+
+
+def test_prompt_memory_names_the_subjects_it_goes_by(model: EditableModel) -> None:
+    def known(names: list[str]) -> list[Edit]:
+        return [Edit(f"The capital of {name} is", "Lyon", subject=name) for name in names]
+
+    names = ["France", "Peru", "Chad", "Mali", "Togo", "Cuba", "Fiji"]
+    for some, expected in (
+        (known(names[:2]), "with its prompt that names France or Peru"),
+        (known(names), "that names France or Peru or Chad or Mali or Togo or one of 2 others"),
+        ([*known(names[:1]), TWO], "with its prompt that, where a fact's subject is known, names France"),
+        ([TWO], "with its prompt"),
+    ):
+        assert memory(least=0.5).propose(model, some).fires(model).endswith(expected)
+
+
+def test_a_name_without_words_opens_no_fact_to_prompts_without_any(model: EditableModel) -> None:
+    edit = Edit(ONE.prompt, ONE.answer, subject="France", aliases=("!!!", "…"))
+    patch = memory(least=-1.0).propose(model, [edit])
+    assert isinstance(patch, PromptPatch)
+    assert patch.subjects == [["France"]]
+    for names in (["France"], ["France", "!!!"]):  # as an earlier version saved it
+        patch.subjects = [names]
+        patch.apply(model)
+        assert [bool(model.read(text).by) for text in ("France?", "?!", "...")] == [True, False, False]
+        patch.revert(model)
 
 
 def test_prompt_memory_tells_facts_by_its_template(model: EditableModel) -> None:
