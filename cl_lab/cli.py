@@ -176,7 +176,9 @@ def _promises(editor: Any) -> dict[str, tuple[bool, str]]:
         ),
         "by_subject": (
             "Every edit must name its subject as it stands in its prompt.",
-            "Edits need not name their subject.",
+            "Edits need not name their subject; where they do, they answer prompts that name it alone."
+            if hasattr(editor, "subjects")
+            else "Edits need not name their subject.",
         ),
     }
     return {name: (held := bool(getattr(editor, name)), lines[not held]) for name, lines in said.items()}
@@ -693,7 +695,7 @@ def edit_ask(
     deployment = Deployment(folder)
     model = deployment.load(as_of)
     (said,) = model.answer([prompt], max_new_tokens=tokens, chat=chat)
-    fired = named(model.fired(prompt, chat=chat), model, deployment.active(as_of))
+    fired = named(model.fired(prompt, chat=chat, room=tokens), model, deployment.active(as_of))
     if as_json:
         where = len(deployment.events) if as_of is None else as_of
         _print_json({"prompt": prompt, "answer": said, "fired": fired, "as_of": where})
@@ -960,16 +962,33 @@ def main() -> None:
     except (UserError, Interrupted, KeyboardInterrupt, typer.Abort, TyperException) as error:
         if debug:
             raise
-        if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        if isinstance(error, typer.Abort) and isinstance(error.__cause__, EOFError):
+            raise error.__cause__ from None  # of a file or of a worker; Typer takes it for the end of what a person types
+        code = _told(error, arguments)
+    else:
+        if code == _STOPPED:  # what Typer makes of an interrupt within a command
             print("stopped", file=sys.stderr)  # noqa: T201
-            sys.exit(130)
-        if isinstance(error, TyperException):
-            if line := _misspelt(error, arguments):
-                print(f"error: {line}", file=sys.stderr)  # noqa: T201
-            sys.exit(2)
-        print(f"error: {error}" if isinstance(error, UserError) else str(error), file=sys.stderr)  # noqa: T201
-        sys.exit({"SIGINT": 130, "SIGTERM": 143}.get(getattr(error, "signal_name", ""), 2))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+_STOPPED = 130
+"""The exit code of what SIGINT has ended."""
+
+
+def _told(error: BaseException, arguments: Sequence[str]) -> int:
+    """Say an error in one line; the exit code for it."""
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        line = "stopped"
+    elif isinstance(error, TyperException):
+        what = _misspelt(error, arguments)
+        line = f"error: {what}" if what else ""  # nothing where the help was shown
+    else:
+        line = f"error: {error}" if isinstance(error, UserError) else str(error)
+    if line:
+        print(line, file=sys.stderr)  # noqa: T201
+    if line == "stopped":
+        return _STOPPED
+    return {"SIGINT": _STOPPED, "SIGTERM": 143}.get(getattr(error, "signal_name", ""), 2)
 
 
 def _misspelt(error: Any, arguments: Sequence[str]) -> str:
@@ -977,12 +996,17 @@ def _misspelt(error: Any, arguments: Sequence[str]) -> str:
     what = error.format_message().rstrip(".")
     if not what:  # a group of commands, asked for without any of them
         return ""
-    names = getattr(getattr(error, "param", None), "opts", [])
-    given = [a.partition("=")[2] for a in arguments if a.partition("=")[0] in names and "=" in a]
-    given += [value for name, value in itertools.pairwise(arguments) if name in names]
+    names = {name for name in getattr(getattr(error, "param", None), "opts", []) if name.startswith("-")}
+    given = []
+    for word, behind in itertools.pairwise([*arguments, ""]):
+        name, joined, value = word.partition("=")
+        if name in names:
+            given.append(value if joined else behind)
     values = f" (given: {', '.join(map(shortened, given))})" if given else ""
-    command = error.ctx.command_path if getattr(error, "ctx", None) else "cl-lab"
-    return f"{what}{values}; see {command} --help"
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    groups = {group.name for group in app.registered_groups}
+    command = " ".join(["cl-lab", *words[: 1 + (words[0] in groups)]] if words else ["cl-lab"])
+    return f"{what}{values}; see {error.ctx.command_path if getattr(error, 'ctx', None) else command} --help"
 
 
 def _settings(path: Path, overrides: list[str] | None, out: Path | None, data_dir: Path | None) -> tuple[Any, Path]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cl_lab.editable import EditableModel
+from cl_lab.errors import EditError
 from cl_lab.facts import Edit, Probe
 from cl_lab.overlap import ALONE, ARTICLES
 from cl_lab.probe_texts import PARAGRAPHS
@@ -201,8 +202,8 @@ def fluency(model: EditableModel, edits: Sequence[Edit], *, seed: int = 0, chat:
     """How varied what the model writes behind the edits' prompts is: the mean :func:`ngram_entropy`, in bits.
 
     The first :data:`WRITTEN` prompts behind which there is room, :data:`LENGTH` tokens behind each, drawn from the five
-    likeliest with a ``seed``. ``None`` where the model reads too little to write so much behind any. What was broken repeats
-    itself.
+    likeliest with a ``seed``. ``None`` where the model reads too little to write so much behind any, or what it puts out is
+    not finite. What was broken repeats itself.
     """
     most = model.context
     room = (
@@ -213,7 +214,10 @@ def fluency(model: EditableModel, edits: Sequence[Edit], *, seed: int = 0, chat:
     prompts = list(islice(room, WRITTEN))
     if not prompts:
         return None
-    texts = model.write(prompts, tokens=LENGTH, seed=seed, chat=chat)
+    try:
+        texts = model.write(prompts, tokens=LENGTH, seed=seed, chat=chat)
+    except EditError:
+        return None
     return sum(map(ngram_entropy, texts)) / len(texts)
 
 
@@ -332,7 +336,7 @@ def _passage(model: EditableModel, prompt: str, text: str) -> tuple[list[int], l
     rest = text.removeprefix(prompt)
     if rest != text and rest[:1].isspace():
         tokens = model.encode_answer(rest, end=False)
-        given = model.read_prompt(prompt, room=len(tokens))
+        given = model.read_prompt(prompt, room=1)  # what of the passage finds none is cut
     else:
         ids = model.encode_prompt(text)
         given, tokens = ids[:1], ids[1:]

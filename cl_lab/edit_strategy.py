@@ -244,7 +244,7 @@ class _Patched:
             if not chat or model.encode_prompt(text, chat=True) != tokens:
                 text, chat = model.tokenizer.decode(tokens), False
             # Before a text that is only read there stands nothing that could be asked about.
-            read = model.read_prompt(text, chat=chat) if text.strip() else []
+            read = model.read_prompt(text, chat=chat, room=self._answer) if text.strip() else []
             # Nothing was put there: as it was, also where tokens are not what their text would give.
             self._read[key] = tokens if read in ([], model.encode_prompt(text, chat=chat)) else read
         return self._read[key]

@@ -9,6 +9,7 @@ runs the layers above it alone, with the projection to the vocabulary at the pla
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
@@ -25,6 +26,8 @@ from cl_lab.hub import Tokenizer, Turn, family_logits, new_cache, tokens_behind
 
 if TYPE_CHECKING:
     from cl_lab.patches import Patch
+
+log = logging.getLogger("cl_lab")
 
 _NORMS = ("norm", "ln_f", "final_layer_norm")  # what stands behind the layers: Llama and Mistral, GPT-2 and GPT-J, NeoX
 
@@ -366,13 +369,13 @@ class EditableModel:
 
     def _opening(self, ids: Tensor) -> Any:
         """The cache of ``ids`` ``[T]``, with which texts begin, read once for the weights as they stand."""
-        key = ("opening", tuple(ids.tolist()))
-        if key not in self.memo:
+        key, memo = ("opening", tuple(ids.tolist())), self.memo  # another may take its place meanwhile
+        if key not in memo:
             cache = new_cache()
             with self.unrouted():  # a route is for a prompt's own tokens
                 self.decoder(input_ids=ids[None].to(self.device), past_key_values=cache, use_cache=True)
-            self.memo[key] = cache
-        return self.memo[key]
+            memo[key] = cache
+        return memo[key]
 
     @torch.no_grad()
     def above(self, rows: Rows, site: Site, *, from_prompt_end: bool = False) -> Above:
@@ -509,10 +512,10 @@ class EditableModel:
             found += self._generate(asked, max_new_tokens, stop_at_line=not chat)
         return found
 
-    def fired(self, prompt: str, *, chat: bool = False) -> list[Patch]:
-        """The patches that choose to answer a prompt; changed weights act on all and are not among them."""
+    def fired(self, prompt: str, *, chat: bool = False, room: int = 0) -> list[Patch]:
+        """The patches that choose to answer a prompt, with ``room`` for it; changed weights act on all and are none."""
         batch = Batch(self)
-        batch.add([self.read(prompt, chat=chat)])
+        batch.add([self.read(prompt, chat=chat, room=room)])
         return batch.fired(0)
 
     @torch.no_grad()
@@ -556,6 +559,8 @@ class EditableModel:
                 found = self._as_prompt(prompt, told, by, chat)
                 if self.context is None or len(found.ids) + room <= self.context:
                     return found
+                if by:
+                    log.warning("'%s': no room for the fact that it asks for; it is asked without", shortened(asked))
                 break  # one patch answers for all of its kind
         return self._as_prompt(prompt, asked, [], chat)
 
@@ -820,6 +825,12 @@ def check_plain_residual(model: EditableModel, site: Site) -> None:
     """Raise :class:`ConfigError` unless what ``site`` puts out is added, as it is, to what its layer puts out."""
     if ("plain residual", site.path) in model.memo:
         return
+    width = model.model.config.hidden_size
+    if site.weight.shape[0] != width:
+        raise ConfigError(
+            f"module = '{site.path}': puts out {site.weight.shape[0]} values, the layers of model '{model.name}' {width}; "
+            "choose the down-projection at the end of a layer"
+        )
     rows = model.rows([([1, 2, 3], [1])])
     at = model.above(rows, site)
     noise = torch.randn(1, 4, site.weight.shape[0], generator=torch.Generator().manual_seed(0)).to(at.out)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cl_lab import edit_scores, hub, registry
+from cl_lab import __version__, edit_scores, hub, registry
 from cl_lab.compat import use_freed_memory_again
 from cl_lab.editable import EditableModel
 from cl_lab.errors import ConfigError, DataError, EditError
@@ -135,8 +135,13 @@ def score_facts(
         use_freed_memory_again()
         target = load_editable(model)
         made_by.check(target)
+
+        def made_of(count: int) -> dict[str, Any]:
+            """What scores after ``count`` edits are of, to know them by."""
+            return asked | {"version": __version__, "patches": _digest(out, -(-count // batch_size))}
+
         places = {n: out / "at" / f"{n:06d}.json" for n in sorted({*at} - {len(edits)})}
-        parts = {n: part for n, place in places.items() if (part := _scored_before(place, asked))}
+        parts = {n: part for n, place in places.items() if (part := _scored_before(place, made_of(n)))}
         streams = {
             n: _Stream(target, edits[:n], free, chat, [*known, *doubted])
             for n in [*places, len(edits)]
@@ -146,7 +151,7 @@ def score_facts(
         def reached(count: int, cost: dict[str, Any]) -> None:
             if count in places and count not in parts:
                 parts[count] = {"edits": count} | streams[count].scored() | cost
-                _write(places[count], {"run": asked, "scores": parts[count]})
+                _write(places[count], {"of": made_of(count), "scores": parts[count]})
 
         made, patches = _make(target, made_by, edits, out, batch_size, told, reached)
         stream = streams[len(edits)]
@@ -201,12 +206,18 @@ class _Stream:
         return found
 
 
-def _scored_before(place: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The scores that this very run wrote at ``place``; ``None`` where it did not, or they cannot be read."""
+def _digest(out: Path, batches: int) -> str:
+    """Of the patches of the first so many batches in a run's folder: others, made anew, have another."""
+    places = sorted(p for p in out.glob("patches/*/patch.json") if int(p.parent.name[:6]) < batches)
+    return hashlib.sha256(b"\0".join(p.parent.name.encode() + p.read_bytes() for p in places)).hexdigest()
+
+
+def _scored_before(place: Path, of: dict[str, Any]) -> dict[str, Any] | None:
+    """The scores at ``place``, where they are of these patches; ``None`` where they are not, or cannot be read."""
     try:
         document = json.loads(place.read_text(encoding="utf-8"))
         found: dict[str, Any] = document["scores"]
-        return found if document["run"] == asked else None
+        return found if document["of"] == of else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # they are taken anew
 

@@ -269,7 +269,7 @@ class _Answers:
         while all(len(e) > blanks + 1 and not model.tokenizer.decode([e[blanks]]).strip() for e in encoded):
             blanks += 1
         first = torch.tensor([e[blanks] for e in encoded])
-        prompts = [model.read_prompt(p) + encoded[0][:blanks] for fact in facts for p in fact.prompts]
+        prompts = [model.read_prompt(p, room=blanks + 1) + encoded[0][:blanks] for fact in facts for p in fact.prompts]
         parts = []
         for begin in range(0, len(prompts), _CHUNK):
             rows = model.rows([(p, [model.tokenizer.end]) for p in prompts[begin : begin + _CHUNK]])

@@ -931,6 +931,10 @@ class PromptPatch(Patch):
 
     def check(self, model: EditableModel) -> None:
         width = model.model.config.hidden_size
+        if self.subjects and len(self.subjects) != len(self.texts):
+            raise DataError(
+                f"patch of {len(self.texts)} facts has the subjects of {len(self.subjects)}; is it damaged?"
+            )
         if self.keys.shape[1] != width or self.layer >= len(model.layers):
             raise DataError(
                 f"patch of layer {self.layer} has keys of {self.keys.shape[1]} values, the model has {len(model.layers)} "
@@ -939,13 +943,16 @@ class PromptPatch(Patch):
 
     def rewrite(self, prompt: str, model: EditableModel) -> tuple[str, list[Patch]]:
         mine = [p for p in model.patches if isinstance(p, PromptPatch)]
+        named = NamedSubjects([names or None for p in mine for names in p.subjects or [[]] * len(p.texts)])
+        may = named.among([prompt])[:, 0]
+        if not bool(may.any()):
+            return prompt, []
         # Keys are of their own patch's layer and centre, and so must be what is compared with them.
         read = {layer: raw_embeddings([prompt], model, layer)[0] for layer in {p.layer for p in mine}}
         queries = torch.nn.functional.normalize(torch.stack([read[p.layer] - p.centre for p in mine]), dim=1)
         near = torch.cat([p.keys @ query for p, query in zip(mine, queries, strict=True)])
         least = torch.cat([p.thresholds for p in mine])
-        named = NamedSubjects([names or None for p in mine for names in p.subjects or [[]] * len(p.texts)])
-        near[~named.among([prompt])[:, 0]] = -torch.inf
+        near[~may] = -torch.inf
         best = int(last_of_greatest(torch.where(near >= least, near, -torch.inf)[:, None]))
         if near[best] < least[best]:
             return prompt, []

@@ -107,6 +107,9 @@ class StrategyEditor(Editor):
         """What its patches are called."""
         return f"strategy:{self.strategy}"
 
+    def check(self, model: EditableModel) -> None:
+        linear_modules(model.model, self.targets, "targets")
+
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         held, drawn = self._held(model), seeding.global_state()
         known = None if held is None else held["answers"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 
+@lru_cache(8192)
 def words(text: str) -> str:
     """The words of a text, as they are compared: in lower case, without accents, one blank before and behind each.
 

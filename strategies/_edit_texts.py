@@ -43,7 +43,7 @@ def forms(model: EditableModel, edit: Edit, contexts: int, chat: bool) -> list[P
 
 
 def of_like_length(pairs: Sequence[Pair], most: int | None = None) -> list[list[Pair]]:
-    """The pairs in groups of ``most``, each to be one batch, in which none is padded to more than twice its length.
+    """The pairs in groups of at most ``most``, each to be one batch, in which none is padded to more than twice its length.
 
     A chat's turn is, with its template, several times as long as the prompt: together with it, the others would be mostly
     padding.

@@ -220,7 +220,6 @@ class KeyValueEditor(Editor):
         self, model: EditableModel, site: Site, edits: Sequence[Edit], what: str
     ) -> tuple[Tensor, dict[str, Any]]:
         """``δ`` ``[edits, width]`` float32, and notes. Edits do not see each other; those of a group share their steps."""
-        check_plain_residual(model, site)
         found: list[Tensor] = []
         losses: list[float] = []
         steps = 0
@@ -282,6 +281,8 @@ class SpreadEditor(KeyValueEditor):
                 f"layers = {layers}: the last must have one above it that reads what was written (model '{model.name}' has "
                 f"{len(model.layers)})"
             )
+        for site in sites:
+            check_plain_residual(model, site)
         return sites, model.layer(layers[-1] + 1)
 
     def _update(self, model: EditableModel, site: Site, keys: Tensor, changes: Tensor) -> Delta:

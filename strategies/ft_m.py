@@ -45,19 +45,20 @@ class FTM(Editor):
         self._site(model)
 
     def _site(self, model: EditableModel) -> Site:
-        return edit_site(model, self.layer, self.module, 2 / 3)
+        site = edit_site(model, self.layer, self.module, 2 / 3)
+        check_plain_residual(model, site)
+        return site
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = self._site(model)
-        check_plain_residual(model, site)
         chat = self.chat and model.tokenizer.can_chat
         texts = of_like_length([p for e in edits for p in forms(model, e, self.contexts, chat)])
-        parts = [model.above(model.rows(some), site) for some in texts]
+        parts = [(at, at.inputs.float()) for some in texts for at in [model.above(model.rows(some), site)]]
         delta = torch.zeros(site.weight.shape, device=model.device, requires_grad=True)
         optimizer = torch.optim.Adam([delta], lr=self.lr)
 
         def losses() -> tuple[Tensor, Tensor, bool]:
-            rows, likely = rows_loss((at.logits(at.inputs.float() @ delta.T), at.rows) for at in parts)
+            rows, likely = rows_loss((at.logits(inputs @ delta.T), at.rows) for at, inputs in parts)
             return rows.mean(), rows.mean(), float(likely.min()) >= self.stop_at
 
         notes = descend(losses, optimizer, self.steps, f"ft-m: '{edits[0].shown}'") | {"edits": len(edits)}

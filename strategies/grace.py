@@ -57,11 +57,12 @@ class Grace(Editor):
         self._site(model)
 
     def _site(self, model: EditableModel) -> Site:
-        return edit_site(model, self.layer, self.module, 0.87)
+        site = edit_site(model, self.layer, self.module, 0.87)
+        check_plain_residual(model, site)
+        return site
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = self._site(model)
-        check_plain_residual(model, site)
         chat = self.chat and model.tokenizer.can_chat
         pairs = [p for e in edits for p in forms(model, e, 0, chat)]
         labels = [answer_label(e.answer) for e in edits for _ in range(1 + chat)]

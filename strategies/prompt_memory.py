@@ -53,11 +53,12 @@ class PromptMemory(Editor):
         return {"unrelated": 16}
 
     def check(self, model: EditableModel) -> None:
+        if "{answer}" not in self.template:
+            raise ConfigError(f"template = '{self.template}': has no {{answer}}; give one like '{{prompt}} {{answer}}'")
         model.layer(self._layer(model))
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
-        if "{answer}" not in self.template:
-            raise ConfigError(f"template = '{self.template}': has no {{answer}}; give one like '{{prompt}} {{answer}}'")
+        self.check(model)
         layer = self._layer(model)
         away = self._unrelated(model, layer)
         centre = away.mean(0)
@@ -74,7 +75,9 @@ class PromptMemory(Editor):
             raise EditError(f"prompt-memory: '{edits[0].shown}': its embedding is not finite; choose another layer")
         texts = [self.template.replace("{prompt}", e.prompt).replace("{answer}", e.answer) for e in edits]
         for edit, text in zip(edits, texts, strict=True):
-            model.rows([(model.encode_prompt(f"{text}\n{edit.prompt}"), model.encode_answer(edit.answer))])  # has room
+            for chat in (False, True)[: 1 + model.tokenizer.can_chat]:  # has room for its own prompt and answer
+                behind = model.encode_answer(edit.answer, chat=chat)
+                model.rows([(model.encode_prompt(f"{text}\n{edit.prompt}", chat=chat), behind)])
         return PromptPatch(
             "prompt-memory",
             {"edits": len(edits), "unrelated": float(above.max()), "own": float(near.min())},

@@ -104,11 +104,12 @@ class Wise(Editor):
         self._site(model)
 
     def _site(self, model: EditableModel) -> Site:
-        return edit_site(model, self.layer, self.module, 0.76)
+        site = edit_site(model, self.layer, self.module, 0.76)
+        check_plain_residual(model, site)
+        return site
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = self._site(model)
-        check_plain_residual(model, site)
         there = [p for p in model.patches if type(p) is SidePatch and p.path == site.path]
         shard = place_in_shards(there, edits, self.edits_per_shard, self.seed)
         own = [p for p in there if p.shard == shard]

@@ -79,11 +79,12 @@ class WiseReleased(Editor):
         self._site(model)
 
     def _site(self, model: EditableModel) -> Site:
-        return edit_site(model, self.layer, self.module, 27 / 31)
+        site = edit_site(model, self.layer, self.module, 27 / 31)
+        check_plain_residual(model, site)
+        return site
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = self._site(model)
-        check_plain_residual(model, site)
         there = [p for p in model.patches if isinstance(p, ReleasedSidePatch) and p.path == site.path]
         shard = place_in_shards(there, edits, self.edits_per_shard, self.seed)
         own = [p for p in there if p.shard == shard]

@@ -16,6 +16,7 @@ from cl_lab.edit_scores import (
     GROUPS,
     LOCAL,
     Asked,
+    _passage,
     ask,
     budget,
     fluency,
@@ -28,8 +29,9 @@ from cl_lab.edit_scores import (
     scores,
 )
 from cl_lab.editable import EditableModel, Rows
+from cl_lab.errors import EditError
 from cl_lab.facts import Edit, Probe
-from cl_lab.patches import Delta, SidePatch, WeightPatch, packed
+from cl_lab.patches import Delta, PromptPatch, SidePatch, WeightPatch, packed
 
 BYTES = hub.load_tokenizer("bytes")
 ONE = Edit(
@@ -491,6 +493,28 @@ def test_passages_by_hand() -> None:
     model.model.config.max_position_embeddings = 20
     cut = [sure(model, [*text.encode()[:20]], n) for text, n in ((learnt, 10), (some, 10), ("Ann Bee isotope, and", 1))]
     assert ask(model, edits, free=False).ood[0] == pytest.approx(cut)
+
+
+def test_a_long_passage_is_read_behind_its_fact_and_cut() -> None:
+    model = editable()
+    context = model.context
+    assert context is not None
+    edit = Edit("Ann Bee is", "x", ood=("Ann Bee is " + "of old, " * context,))
+    width = model.model.config.hidden_size
+    PromptPatch("by hand", texts=["It is."], keys=torch.eye(1, width), centre=torch.zeros(width), least=-1.0).apply(
+        model
+    )
+    given, tokens = _passage(model, edit.prompt, edit.ood[0])
+    assert bytes(given) == b"It is.\nAnn Bee is"
+    assert len(given) + len(tokens) == context
+
+
+def test_what_is_not_finite_has_no_fluency() -> None:
+    model = editable()
+    model.model.lm_head.weight.data[:] = torch.nan
+    with pytest.raises(EditError, match="is not finite; nothing can be written with it"):
+        model.write(["Who?"], tokens=2)
+    assert fluency(model, [Edit("Who?", "x")]) is None
 
 
 def test_without_edits_there_is_nothing() -> None:

@@ -111,7 +111,8 @@ def test_a_long_stream_is_scored_as_the_short_ones_in_it(
     assert [part["retention"] for part in again] == ["as it was", parts[1]["retention"]]
 
     # Another run's, or what is damaged, is not taken for this one's.
-    for wrong in (json.dumps(document | {"run": document["run"] | {"editor": {"name": "rome"}}}), "", "[1]", "{"):
+    other = {name: document["of"] | {name: "another"} for name in ("editor", "version", "patches", "sha256")}
+    for wrong in (*(json.dumps(document | {"of": of}) for of in other.values()), "", "[1]", "{"):
         place.write_text(wrong)
         again = scored(facts, tmp_path / "plain", at=[1])["at"]
         assert timeless(again[0]) == timeless(parts[0])
@@ -120,13 +121,18 @@ def test_a_long_stream_is_scored_as_the_short_ones_in_it(
 def test_a_long_edit_in_a_prompt_memory_costs_no_scores(tmp_path: Path) -> None:
     """Behind its fact a question may be longer than the model reads, which it is not by itself."""
     facts = tmp_path / "facts.jsonl"
-    long = "The code " + "of the very long box " * 20 + "is"
-    rows = [*FACTS[:1], {"prompt": long, "answer": "q"}, {"prompt": long[60:], "answer": "r"}]
+    # Of 512 tokens: behind the fact of 7 there is room for no free answer (24), none for a forced one (2 with its end).
+    long = ["".join(chr(ord("a") + (i * i + n) % 26) for i in range(n)) for n in (485, 488)]
+    rows = [*FACTS[:1], *({"prompt": prompt, "answer": "q"} for prompt in long)]
     facts.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    model = load_editable("tiny")
+    assert model.context == 512
     document = scored(facts, tmp_path / "out", editor={"name": "prompt-memory", "least": -1.0}, at=[1])
-    assert [refused["prompt"] for refused in document["refused"]] == [long, long[60:]], "their own facts find no room"
-    assert document["after"]["reliability"] >= 0
+    assert [refused["prompt"] for refused in document["refused"]] == long, "for their own facts there is no room"
+    load_patch(tmp_path / "out/patches/000000").apply(model)
+    assert all(model.read(prompt).by and not model.read(prompt, room=24).by for prompt in long)
     assert document["before"].keys() == document["after"].keys()
+    assert document["after"]["fluency"] is not None
 
 
 def test_there_must_be_so_many_edits_to_score_after(facts: Path, tmp_path: Path) -> None:

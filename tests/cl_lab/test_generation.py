@@ -16,7 +16,7 @@ from cl_lab import hub
 from cl_lab.editable import Batch, EditableModel, Prompt
 from cl_lab.editing import load_editable
 from cl_lab.generation import Ask, Done, Engine, Failed, Full, Piece, Speech
-from cl_lab.patches import Delta, SidePatch, WeightPatch, packed
+from cl_lab.patches import Delta, PromptPatch, SidePatch, WeightPatch, packed
 
 BYTES = hub.load_tokenizer("bytes")
 PROMPTS = ["The capital of Peru is", "Q", "Who wrote it, and when was that?", "Two", "Some more words", "Zebras have"]
@@ -170,8 +170,8 @@ def test_a_row_whose_token_cannot_be_had_fails_alone(
     read = EditableModel.read
     marked: Any = object()
 
-    def told(self: EditableModel, prompt: Any, *, chat: bool = False) -> Prompt:
-        one = read(self, prompt, chat=chat)
+    def told(self: EditableModel, prompt: Any, **given: Any) -> Prompt:
+        one = read(self, prompt, **given)
         return dataclasses.replace(one, by=[marked] if prompt in PROMPTS[:2] else [])
 
     monkeypatch.setattr(EditableModel, "read", told)
@@ -248,6 +248,19 @@ def test_what_cannot_be_read_is_told_so(
     assert failed.status == 400
     assert what in failed.message
     assert ask(engine, states[0], "Two", max_tokens=3).text() == alone(states[0], "Two", 3)
+
+
+def test_a_fact_for_which_there_is_no_room_is_left_out(engine: Engine, states: list[EditableModel]) -> None:
+    model = states[0].twin()
+    width = model.model.config.hidden_size
+    PromptPatch("by hand", texts=["It is."], keys=torch.eye(1, width), centre=torch.zeros(width), least=-1.0).apply(
+        model
+    )
+    prompt = "x" * 495
+    for tokens, before in ((10, "It is.\n"), (11, "")):  # of 512
+        heard = ask(engine, model, prompt, max_tokens=tokens)
+        assert heard.text() == alone(states[0], before + prompt, tokens)
+        assert heard.end.prompt_tokens == len(before + prompt)
 
 
 def test_a_model_that_fails_takes_none_of_other_weights_with_it(engine: Engine, states: list[EditableModel]) -> None:

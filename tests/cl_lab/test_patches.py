@@ -956,8 +956,11 @@ def test_twins_do_not_reach_each_other(kind: str) -> None:
     for patch in [MADE[kind](again), *more]:
         patch.apply(again)
     assert bits_equal(state(twin), state(again)), "as one that was never a twin"
+    twin.memo["of these weights"] = 1
     with twin.unpatched():
         assert bits_equal(state(twin), state(editable()))
+        assert "of these weights" not in twin.memo
+    assert twin.memo["of these weights"] == 1
     assert twin.answer(PROMPTS, max_new_tokens=6) == changed
 
 

@@ -296,6 +296,10 @@ def test_a_place_that_is_not_there_is_told_on_one_line(name: str) -> None:
         ("layer", 99, "layer = 99: .* has layers 0 to"),
         ("layers", [99], "layer = 99: .* has layers 0 to"),
         ("module", "model.layers.1.mlp.up", "model.layers.1.mlp.up"),
+        ("module", "model.layers.1.mlp.up_proj", "up_proj': puts out 128 values, the layers of model 'tiny' 32"),
+        ("module", "model.layers.1.self_attn.q_proj", "q_proj': its layer .* changes what the module puts out"),
+        ("targets", ["up"], "targets: .*'up'"),
+        ("template", "{prompt}", r"template = '{prompt}': has no {answer}"),
     ]
     for knob, value, part in wrong:
         if knob in known:

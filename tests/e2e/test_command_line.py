@@ -275,15 +275,18 @@ def test_lists_and_shows(cl_lab: CommandLine) -> None:
 def test_says_what_an_editor_promises(cl_lab: CommandLine) -> None:
     for name, removable in (("grace", True), ("rome", False)):
         assert cl_lab.json("show", "editor", name)["removable"] == removable
-        assert (
-            "Taking an edit away leaves the answers of all others" in cl_lab("show", "editor", name).stdout
-        ) == removable
+        shown = cl_lab("show", "editor", name).stdout
+        assert ("Taking an edit away leaves the answers of all others" in shown) == removable
+        assert ("Every edit must name its subject" in shown) == (name == "rome")
 
 
 def test_a_command_that_is_no_command_is_told_on_one_line(cl_lab: CommandLine) -> None:
     for words, expected in (
         (("edit", "score", "facts.jsonl", "--at", "two"), r"'--at'.*\(given: two\); see cl-lab edit score --help"),
         (("edit", "score", "facts.jsonl", "--skip=-1"), r"'--skip'.*\(given: -1\); see cl-lab edit score --help"),
+        (("edit", "score", "x", "--at", "1", "--at=two"), r"'--at'.*\(given: 1, two\); see cl-lab edit score --help"),
+        (("edit", "score", "--skip"), "'--skip' requires an argument; see cl-lab edit score --help"),
+        (("show", "strategy"), "Missing argument 'name'; see cl-lab show --help"),
         (("edit", "scor"), "No such command 'scor'.*; see cl-lab edit --help"),
         (("run", "a.yaml", "--resum"), "No such option: --resum .*; see cl-lab run --help"),
         (("edit", "score"), "Missing argument 'facts'; see cl-lab edit score --help"),
