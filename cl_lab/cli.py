@@ -967,7 +967,7 @@ def main() -> None:
         code = _told(error, arguments)
     else:
         if code == _STOPPED:  # what Typer makes of an interrupt within a command
-            print("stopped", file=sys.stderr)  # noqa: T201
+            code = _told(KeyboardInterrupt(), arguments)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -978,16 +978,13 @@ _STOPPED = 130
 def _told(error: BaseException, arguments: Sequence[str]) -> int:
     """Say an error in one line; the exit code for it."""
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        line = "stopped"
-    elif isinstance(error, TyperException):
-        what = _misspelt(error, arguments)
-        line = f"error: {what}" if what else ""  # nothing where the help was shown
-    else:
-        line = f"error: {error}" if isinstance(error, UserError) else str(error)
-    if line:
-        print(line, file=sys.stderr)  # noqa: T201
-    if line == "stopped":
+        typer.echo("stopped", err=True)
         return _STOPPED
+    if isinstance(error, TyperException):
+        if what := _misspelt(error, arguments):  # nothing where the help was shown
+            typer.echo(f"error: {what}", err=True)
+        return 2
+    typer.echo(f"error: {error}" if isinstance(error, UserError) else str(error), err=True)
     return {"SIGINT": _STOPPED, "SIGTERM": 143}.get(getattr(error, "signal_name", ""), 2)
 
 

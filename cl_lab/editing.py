@@ -142,8 +142,9 @@ def score_facts(
 
         places = {n: out / "at" / f"{n:06d}.json" for n in sorted({*at} - {len(edits)})}
         parts = {n: part for n, place in places.items() if (part := _scored_before(place, made_of(n)))}
+        plain = edit_scores.perplexity(target)
         streams = {
-            n: _Stream(target, edits[:n], free, chat, [*known, *doubted])
+            n: _Stream(target, edits[:n], free, chat, [*known, *doubted], plain)
             for n in [*places, len(edits)]
             if n not in parts
         }
@@ -178,13 +179,20 @@ class _Stream:
     """The first edits of a run, or all of them: asked before any is made, and scored when the last of them is."""
 
     def __init__(
-        self, model: EditableModel, edits: Sequence[Edit], free: bool, chat: bool, contested: Sequence[Conflict]
+        self,
+        model: EditableModel,
+        edits: Sequence[Edit],
+        free: bool,
+        chat: bool,
+        contested: Sequence[Conflict],
+        perplexity: float,
     ) -> None:
+        """``perplexity`` is the unedited model's, which is that of all streams."""
         self._model, self._edits, self._free, self._chat = model, edits, free, chat
         mine = {id(edit) for edit in edits}
         self._contested = [c for c in contested if {id(c.edit), id(c.other)} <= mine]
         self._before = self._ask()
-        self._old = self._worth(self._before)
+        self._old = self._worth(self._before, perplexity)
 
     def scored(self) -> dict[str, Any]:
         """Scores ``before`` and ``after``, ``retention``, and what contradictions are in it (:func:`_contested`)."""
@@ -192,15 +200,19 @@ class _Stream:
         self.after = self._ask()
         retention = edit_scores.retention(model, edits, self.after, chat=chat)
         general = edit_scores.by_edit(model, edits, self.after, "generality", chat=chat)
-        found = {"before": self._old, "after": self._worth(self.after), "retention": retention}
+        found = {
+            "before": self._old,
+            "after": self._worth(self.after, edit_scores.perplexity(model)),
+            "retention": retention,
+        }
         return found | _contested(edits, self._contested, retention, general)
 
     def _ask(self) -> edit_scores.Asked:
         return edit_scores.ask(self._model, self._edits, free=self._free, chat=self._chat)
 
-    def _worth(self, said: edit_scores.Asked) -> dict[str, Any]:
+    def _worth(self, said: edit_scores.Asked, perplexity: float) -> dict[str, Any]:
         found = edit_scores.scores(self._model, self._edits, said, self._before, chat=self._chat)
-        found["perplexity"] = edit_scores.perplexity(self._model)
+        found["perplexity"] = perplexity
         if self._free:
             found["fluency"] = edit_scores.fluency(self._model, self._edits, chat=self._chat)
         return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cl_lab import seeding
-from cl_lab.editable import EditableModel, Rows, Site
+from cl_lab.editable import EditableModel, Rows, Site, check_plain_residual
 from cl_lab.errors import ConfigError, EditError
 from cl_lab.facts import Edit
 from cl_lab.subjects import words
@@ -206,10 +206,16 @@ def refuse_worse(losses: Sequence[float], what: str) -> None:
 
 
 def edit_site(model: EditableModel, layer: int | None, module: str | None, share: float) -> Site:
-    """The module to edit: by its path, or the down-projection of a layer, by default that at ``share`` of the depth."""
+    """The module to edit: by its path, or the down-projection of a layer, by default that at ``share`` of the depth.
+
+    What it puts out must be added as it is to its layer's (:func:`~cl_lab.editable.check_plain_residual`).
+    """
     if module is not None:
-        return model.site(module)
-    return model.down_projection(round(share * (len(model.layers) - 1)) if layer is None else layer)
+        site = model.site(module)
+    else:
+        site = model.down_projection(round(share * (len(model.layers) - 1)) if layer is None else layer)
+    check_plain_residual(model, site)
+    return site
 
 
 def edit_layers(model: EditableModel, layers: Sequence[int] | None, shares: Sequence[float]) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cl_lab.editable import EditableModel, Site, check_plain_residual
+from cl_lab.editable import EditableModel, Site
 from cl_lab.facts import Edit
 from cl_lab.knobs import knob
 from cl_lab.patches import Delta, Patch, WeightPatch
@@ -45,9 +45,7 @@ class FTM(Editor):
         self._site(model)
 
     def _site(self, model: EditableModel) -> Site:
-        site = edit_site(model, self.layer, self.module, 2 / 3)
-        check_plain_residual(model, site)
-        return site
+        return edit_site(model, self.layer, self.module, 2 / 3)
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = self._site(model)

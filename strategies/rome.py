@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_lab.editable import EditableModel, Site, check_plain_residual
+from cl_lab.editable import EditableModel, Site
 from cl_lab.facts import Edit
 from cl_lab.knobs import knob
 from cl_lab.patches import Delta, Patch, WeightPatch
@@ -44,9 +44,7 @@ class ROME(KeyValueEditor):
         self._site(model)
 
     def _site(self, model: EditableModel) -> Site:
-        site = edit_site(model, self.layer, self.module, 1 / 3)
-        check_plain_residual(model, site)
-        return site
+        return edit_site(model, self.layer, self.module, 1 / 3)
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = self._site(model)

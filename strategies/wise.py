@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_lab import seeding
-from cl_lab.editable import Above, EditableModel, Site, check_plain_residual
+from cl_lab.editable import Above, EditableModel, Site
 from cl_lab.facts import Edit, normalised
 from cl_lab.knobs import knob
 from cl_lab.patches import Patch, SidePatch, packed, shard_change, threshold, unpacked
@@ -104,9 +104,7 @@ class Wise(Editor):
         self._site(model)
 
     def _site(self, model: EditableModel) -> Site:
-        site = edit_site(model, self.layer, self.module, 0.76)
-        check_plain_residual(model, site)
-        return site
+        return edit_site(model, self.layer, self.module, 0.76)
 
     def propose(self, model: EditableModel, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Patch:
         site = self._site(model)
