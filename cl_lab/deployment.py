@@ -30,7 +30,7 @@ from cl_lab import edit_scores, hub, names, registry
 from cl_lab.editable import EditableModel
 from cl_lab.editing import found_from_anywhere, load_editable
 from cl_lab.errors import ConfigError, DataError, EditError
-from cl_lab.facts import Edit, conflicts, normalised, suspects
+from cl_lab.facts import GROUPS, LOCAL, Edit, conflicts, normalised, suspects
 from cl_lab.files import LOCK, InUse, alone_in, sync_folder, write_atomically
 from cl_lab.patches import Delta, Patch, WeightPatch, load_patch
 from cl_lab.probe_texts import QUESTIONS
@@ -596,7 +596,7 @@ def preview(
     seconds = time.perf_counter() - start
     asked = [(e.prompt, e) for e in edits]
     other = [(p, e) for e in edits for p in (e.paraphrases or [form.format(e.prompt) for form in PARAPHRASES])]
-    local = [p.prompt for e in edits for name in edit_scores.LOCAL for p in edit_scores.GROUPS[name](e)]
+    local = [p.prompt for e in edits for name in LOCAL for p in GROUPS[name](e)]
     own = {normalised(p) for p, _ in asked + other}  # to change is what they are for, also where one is a guard
     taken = {normalised(e.prompt) for e in earlier}  # one that was corrected itself is no other subject
     local += [prompt for e in edits for prompt in others(model, e) if normalised(prompt) not in taken]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from cl_lab.editable import EditableModel
 from cl_lab.errors import EditError
-from cl_lab.facts import Edit, Probe
+from cl_lab.facts import GROUPS, LOCAL, Edit, Probe
 from cl_lab.overlap import ALONE, ARTICLES
 from cl_lab.probe_texts import PARAGRAPHS
 
@@ -31,20 +31,6 @@ WRITTEN, LENGTH = 16, 64
 
 _PASSAGES = 4
 """Passages in a pass: the logits of all their tokens are in memory."""
-
-GROUPS: dict[str, Callable[[Edit], Sequence[Probe]]] = {
-    "reliability": lambda e: [Probe(e.prompt, e.answer)],
-    "generality": lambda e: [Probe(p, e.answer) for p in e.paraphrases],
-    "reverse": lambda e: e.reverse,
-    "one_hop": lambda e: e.one_hop,
-    "unrelated": lambda e: e.unrelated,
-    "same_relation": lambda e: e.same_relation,
-    "same_subject": lambda e: e.same_subject,
-}
-"""The questions of an edit by what they ask for."""
-
-LOCAL = ("unrelated", "same_relation", "same_subject")
-"""Groups that an edit must leave as they are: for them agreement with the unedited model counts, too."""
 
 OOD, CERTAIN = "ood", 0.8
 """The group of an edit's passages, which are read and not asked, and the probability above which a token of one counts."""

@@ -218,6 +218,7 @@ class _Run:
             "losses": [],
             "measures": [],
             "drift": [],
+            "asides": [],
             "fingerprint": before.get("fingerprint", ""),
             "score": "accuracy",
             "chance": None,
@@ -352,6 +353,8 @@ class _Run:
             rows = len(record.matrix)
             if record.drift:
                 self.tracker.log_drift(record.drift[-1], rows)
+            if len(record.asides) == 1 + bool(rows):  # asked before the first experience and after the last
+                self.tracker.log_asides(record.asides[-1], rows)
             if rows:
                 self.tracker.log_row(rows - 1, record.matrix[-1], self.document["score"])
                 if record.measures and record.measures[-1]:
@@ -372,6 +375,7 @@ class _Run:
             "losses": record.losses,
             "measures": record.measures,
             "drift": record.drift,
+            "asides": record.asides,
             "cost": record.cost(),
         }
         if record.matrix:

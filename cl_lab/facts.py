@@ -112,6 +112,21 @@ class Edit:
             raise DataError(f"edit: {bad}; correct it") from bad
 
 
+GROUPS: dict[str, Callable[[Edit], Sequence[Probe]]] = {
+    "reliability": lambda e: [Probe(e.prompt, e.answer)],
+    "generality": lambda e: [Probe(p, e.answer) for p in e.paraphrases],
+    "reverse": lambda e: e.reverse,
+    "one_hop": lambda e: e.one_hop,
+    "unrelated": lambda e: e.unrelated,
+    "same_relation": lambda e: e.same_relation,
+    "same_subject": lambda e: e.same_subject,
+}
+"""The questions of an edit by what they ask for."""
+
+LOCAL = ("unrelated", "same_relation", "same_subject")
+"""Groups that an edit must leave as they are: for them agreement with the unedited model counts, too."""
+
+
 @dataclass(frozen=True)
 class BadLine:
     """A record that is no edit: its ``place`` (``facts.jsonl:17``), and the ``reason``."""

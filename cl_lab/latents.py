@@ -80,7 +80,10 @@ def put_through(stream: Stream, model: Classifier, stage: str, *, keep: bool, de
     shape = tuple(compute(torch.zeros(1, *stream.input_shape)).shape[1:])
     experiences = tuple(experience(e) for e in stream.experiences)
     layout = stream.layout if stream.objective == "language" else {}
-    return replace(stream, experiences=experiences, input_shape=shape, mean=None, std=None, layout=layout)
+    asides = {name: replace(aside, questions=encoded(aside.questions)) for name, aside in stream.asides.items()}
+    return replace(
+        stream, experiences=experiences, input_shape=shape, mean=None, std=None, layout=layout, asides=asides
+    )
 
 
 def _what_decides(frozen: Classifier, lower: Sequence[str], stream: Stream) -> Iterator[bytes]:

@@ -475,10 +475,17 @@ class EngineLearner:
         for p in self._named.values():
             p.grad = None
 
-    def score(self, data: TensorData, batch_size: int, predict: Callable[[Batch], Tensor] | None = None) -> Score:
+    def score(
+        self,
+        data: TensorData,
+        batch_size: int,
+        predict: Callable[[Batch], Tensor] | None = None,
+        stream: Stream | None = None,
+    ) -> Score:
         """An entry of the score matrix: :meth:`accuracy`, or minus :meth:`squared_error` where the stream is a regression.
 
-        Arguments are those of :meth:`accuracy`. Raises :class:`DataError` for targets that are not the stream's kind.
+        Arguments are those of :meth:`accuracy`; ``stream`` is an aside's, where ``data`` are its questions. Raises
+        :class:`DataError` for targets that are not the stream's kind.
         """
         if data.y.is_floating_point() != self._regression:
             raise DataError(
@@ -488,7 +495,7 @@ class EngineLearner:
         if self._regression:
             return Score(0.0 - self.squared_error(data, batch_size, predict))  # never "-0.0"
         if self._answers_table is not None:
-            return self.answered(data, batch_size, predict)
+            return self.answered(data, batch_size, predict, stream)
         return Score(self.accuracy(data, batch_size, predict))
 
     @torch.no_grad()
@@ -509,21 +516,28 @@ class EngineLearner:
         return int(correct) / len(data)
 
     @torch.no_grad()
-    def answered(self, data: TensorData, batch_size: int, predict: Callable[[Batch], Tensor] | None = None) -> Score:
+    def answered(
+        self,
+        data: TensorData,
+        batch_size: int,
+        predict: Callable[[Batch], Tensor] | None = None,
+        stream: Stream | None = None,
+    ) -> Score:
         """What the answers to ``data`` in words are worth, as :func:`~cl_lab.answers.grade_answers` says: their mean.
 
         Where all must be exact, that is the share of right ones. As :meth:`accuracy` otherwise; ``predict`` gives logits
         ``[B, A', vocabulary]``. Where answers are written freely and none is compared, with the share that are one of their
-        task's answers, right or wrong.
+        task's answers, right or wrong. ``stream`` is an aside's, where ``data`` are its questions.
         """
+        stream = stream or self._stream
         say = self._forward if predict is None else predict
         # In float64, whose sums of ones are as exact as counts.
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        table = self._stream.answers
+        table = stream.answers
         assert table is not None
         wanted = [data.y]
         for task in data.t.unique().tolist():
-            classes = self._stream.experiences[task].classes
+            classes = stream.experiences[task].classes
             # Behind the longest right answer all is wrong, but it may be another of the task's labels. Whole texts, of
             # which there are as many as samples, are none.
             if len(classes) <= max(_LABELS, len(data)):
@@ -532,14 +546,14 @@ class EngineLearner:
 
         def graded(batch: Batch) -> Grades:
             with self._remembering_prompts():
-                return grade_answers(batch, say, self._stream, longest)
+                return grade_answers(batch, say, stream, longest)
 
         for _, grades, rows in self._answers(data, batch_size, graded):
             if rows is not None:
                 sums += torch.stack([grades.value.sum(), grades.broken.sum(), grades.valid.sum()])
         worth, broken, valid = self.reduce(sums).tolist()
         self._check_finite(int(broken), len(data))
-        free = self._stream.scoring == "generation" and not self._stream.measures
+        free = stream.scoring == "generation" and not stream.measures
         return Score(worth / len(data), valid / len(data) if free else None)
 
     @torch.no_grad()

@@ -265,6 +265,8 @@ class Stream:
 
     Where ``measures`` says, by experience, how written answers are compared (empty: all exactly), ``references`` has the
     right text for each row of ``answers``, whole where the row was cut; it needs the ``tokenizer``.
+
+    ``asides`` are other questions, by what they ask, which are scored before training and after the last experience.
     """
 
     name: str
@@ -284,6 +286,7 @@ class Stream:
     tokenizer: Tokenizer | None = None
     measures: tuple[Measure, ...] = ()
     references: tuple[str, ...] = ()
+    asides: Mapping[str, Aside] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parts = sum(math.prod(shape) for shape in self.layout.values())
@@ -300,6 +303,14 @@ class Stream:
             )
         if self.objective == "language":
             self._check_language()
+        for name, aside in self.asides.items():
+            shape, last = list(aside.questions.x.shape[1:]), int(aside.questions.t.max())
+            if shape != list(self.input_shape) or last >= len(self) or self.score != aside.stream.score:
+                raise DataError(
+                    f"stream '{self.name}' has {len(self)} experiences of samples {list(self.input_shape)}, scored by "
+                    f"{self.score}, but its aside '{name}' asks samples {shape} of experiences up to {last}, scored by "
+                    f"{aside.stream.score}; make them alike"
+                )
 
     def _check_language(self) -> None:
         if self.answers is None or list(self.layout) != ["prompt", "answer"]:
@@ -380,4 +391,17 @@ class Stream:
             sha.update(e.test.digest().encode())
         if self.measures:
             sha.update(repr((self.measures, self.references)).encode("utf-8", "surrogatepass"))
+        for name, aside in self.asides.items():
+            sha.update(f"{name}{aside.stream.scoring}{aside.questions.digest()}".encode())
         return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Questions that are asked beside a stream and never learnt, about any of its experiences (``questions.t``).
+
+    ``stream`` says how their answers are found and which an experience has: that beside which they are asked, but for these.
+    """
+
+    stream: Stream
+    questions: TensorData

@@ -1049,6 +1049,7 @@ def _view(comparison: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], 
             for r in shown
         ],
         "drift": [drift for r in shown if (drift := _drift(r)) is not None],
+        "asides": _asides(shown),
         "measures": [row for r in shown for row in _measures(r)],
         "metric_labels": [r.label for r in shown],
         "metric_rows": [{"name": m, "cells": [score.stat(r.metrics.get(m)) for r in shown]} for m in every],
@@ -1172,6 +1173,29 @@ def _drift(row: Row) -> dict[str, str] | None:
         "valid": before_and_after(
             [[mean(run.get("initial_valid")), mean((run.get("valid") or [None])[-1])] for run in runs], percent
         ),
+    }
+
+
+def _asides(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """What the stream's other questions were worth, before training and at its end: means over the finished runs."""
+    from cl_lab.metrics import interval
+
+    asked = [(row, [run["asides"] for run in row.done if len(run.get("asides") or []) == 2]) for row in rows]
+    names = list(dict.fromkeys(name for _, runs in asked for run in runs for name in run[0]))
+
+    def worth(row: Row, runs: Sequence[Any], name: str) -> str:
+        ends = []
+        for i in (0, 1):
+            values = [v for run in runs if (v := _number(run[i].get(name))) is not None]
+            ends.append(_stat(interval(values), len(values)) if values else None)
+        before, after = ends
+        return "–" if before is None else f"{row.score.number(before.mean)} → {row.score.stat(after)}"
+
+    if not names:
+        return None
+    return {
+        "heads": [name.replace("_", " ") for name in names],
+        "rows": [{"label": row.label, "cells": [worth(row, runs, n) for n in names]} for row, runs in asked if runs],
     }
 
 

@@ -178,6 +178,10 @@ class Tracker:
         """Log what the drift probes found after ``step`` experiences: ``drift/perplexity``, ``drift/general`` and so on."""
         self.log_metrics(drift_numbers(results), step=step)
 
+    def log_asides(self, scores: Mapping[str, float], step: int) -> None:
+        """Log what the stream's asides were worth after ``step`` experiences: ``aside/<name>``."""
+        self.log_metrics(aside_numbers(scores), step=step)
+
     def flush(self) -> None:
         """Send what is waiting."""
         with self._lock:
@@ -493,6 +497,11 @@ def drift_numbers(results: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def aside_numbers(scores: Mapping[str, float]) -> dict[str, float]:
+    """What a stream's asides were worth, as MLflow's numbers."""
+    return {f"aside/{name}": value for name, value in scores.items()}
+
+
 # -- what a folder says, as MLflow's points and tags -----------------------------------------------------------------
 
 
@@ -517,6 +526,8 @@ def _points_of_run(run: Mapping[str, Any]) -> Iterator[tuple[str, float, int, in
         rows += [(name, v, i) for name, v in measures.items()]
     for i, drift in enumerate(run.get("drift") or []):  # the first is that before training
         rows += [(name, v, i) for name, v in drift_numbers(drift).items()]
+    for step, scores in zip((0, len(run.get("matrix") or [])), run.get("asides") or [], strict=False):
+        rows += [(name, v, step) for name, v in aside_numbers(scores).items()]
     for point in run.get("losses") or []:
         rows.append(("loss", point.get("loss"), point.get("step", 0)))
     for point in run.get("anytime") or []:

@@ -81,6 +81,8 @@ class Record:
     """Numbers of the strategy's own after each experience, by ``strategy/name``; with those of its other answers."""
     drift: list[dict[str, Any]] = field(default_factory=list)
     """Before training and after each experience, what :meth:`cl_lab.drift.Probes.results` says, where it is asked for."""
+    asides: list[dict[str, float]] = field(default_factory=list)
+    """Before training and after the last experience, the score on each of the stream's asides; empty without any."""
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     samples: int = 0
@@ -182,6 +184,7 @@ class Trainer:
             self._keep_weights(0)
             self.record.initial, self.record.initial_valid = self._score()
             self._probe()
+            self._ask_aside()
             self.observer.scored(self.record)
         for experience in self.stream.experiences[self._position.experience :]:
             with self._timed("train_seconds"):
@@ -191,6 +194,8 @@ class Trainer:
             if valid:
                 self.record.valid.append(valid)
             self._probe()
+            if len(self.record.matrix) == len(self.stream):
+                self._ask_aside()
             self.record.trainable_parameters = self.learner.trainable_parameters
             self.record.measures.append(self.strategy.measures() | self._other_scores(experience.index + 1))
             self.record.strategy_state_bytes = state_bytes(self.strategy.state_dict())
@@ -464,6 +469,17 @@ class Trainer:
             data = self._probes.of_newest(data, len(self.record.matrix))
             found = self.learner.log_likelihoods(data, self._probes.said, size, self._predict)
             self.record.drift.append(self._probes.results(found))
+
+    def _ask_aside(self) -> None:
+        """Score the stream's asides, where it has any."""
+        if not self.stream.asides:
+            return
+        with self._timed("eval_seconds"):
+            found = {}
+            for name, aside in self.stream.asides.items():
+                data, size = self._encode(aside.questions), self.config.evaluation.batch_size
+                found[name] = self.learner.score(data, size, self._predict, aside.stream).value
+            self.record.asides.append(found)
 
     def _encode(self, data: TensorData) -> TensorData:
         """A test set as the strategy wants it: encoded once for each encoding."""

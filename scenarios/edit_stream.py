@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from cl_lab.errors import DataError
-from cl_lab.facts import Edit, conflicts, read_facts
+from cl_lab.facts import GROUPS, Edit, conflicts, read_facts
 from cl_lab.hub import tokens_behind
 from cl_lab.knobs import knob
 from cl_lab.protocols import Scenario
-from cl_lab.records import PAD, Experience, Scoring, Stream, TensorData
+from cl_lab.records import PAD, Aside, Experience, Scoring, Stream, TensorData
 from cl_lab.seeding import permutation
 
 from ._sources import roots
@@ -30,6 +30,13 @@ log = logging.getLogger("cl_lab")
 OWN_FACTS = Path(__file__).with_name("edit_facts.json")
 """Sixty capitals, languages and largest cities, each with an answer that is not true."""
 
+_ASKED = {"prompts": "reliability", "paraphrases": "generality", "unrelated": "unrelated"}
+_TOLD = ("reliability", "generality")
+"""Groups that ask for what was edited, whose answers' end is learnt with them."""
+
+_ROOM = 32
+"""Columns for prompts, at least: the questions of ``evaluation.drift`` need some. Those that no row uses cost nothing."""
+
 
 @dataclass
 class EditStream(Scenario):
@@ -40,7 +47,12 @@ class EditStream(Scenario):
     (``Experience.edits``). It is tested on the same prompts, so R[t, j] says how well, after t experiences, the edits of
     experience j hold: its diagonal is reliability when an edit is made, its last row retention by age. With
     ``asked=paraphrases`` the test asks in other words, and R is generality; with ``unrelated`` it asks what no edit is
-    about, and R[t, j] is the share of these answers that are right: the column before training says how many were.
+    about, and R[t, j] is the share of these answers that are right: the row before training says how many were.
+
+    Whatever else can be asked about the edits (:data:`cl_lab.facts.GROUPS`, questions whose answer is known) is an aside of
+    the stream, scored before training and after the last experience: an editor that holds its facts and moves all others
+    is seen to. The edits themselves, also in other words, are scored there as ``scoring`` says, all others as ``opening``
+    does, since a model that was not told to ends no answer.
 
     A sample is int32 ``[P + A]``, as editors read one: the prompt's tokens, then those of a blank, the answer and its end.
     ``scoring=generation`` wants the whole answer written, its end included.
@@ -65,6 +77,7 @@ class EditStream(Scenario):
         "that with the likeliest first token; opening: right where the likeliest token of all begins the answer",
     )
     chat: bool = knob(False, "ask as a user's turn of the tokenizer's chat template")
+    asides: bool = knob(True, "also ask the edits' other questions, before training and after the last experience")
     layout: str = knob("auto", "how the file is laid out; auto: by the keys of its first record")
     skip_bad: bool = knob(False, "leave bad records out instead of refusing the file")
     data_dir: str | None = knob(
@@ -109,17 +122,22 @@ class EditStream(Scenario):
         edits, size = self.edits(seed), self.per_experience
         parts = [edits[first : first + size] for first in range(0, len(edits), size)]
         trained = [[_Row(e.prompt, e.answer) for e in some] for some in parts]
-        tested = [[row for e in some for row in self._questions(e)] for some in parts]
-        if not all(tested):
-            empty = next(i for i, rows in enumerate(tested) if not rows)
+        tested = {group: [[row for e in some for row in _questions(e, group)] for some in parts] for group in GROUPS}
+        main = _ASKED[self.asked]
+        if not all(tested[main]):
+            empty = next(i for i, rows in enumerate(tested[main]) if not rows)
             raise DataError(
                 f"edit-stream: no edit of experience {empty} has {self.asked} with an answer; take asked=prompts, or raise "
                 "per_experience"
             )
-        table = _Table(tokenizer, self.chat, [row for rows in (*trained, *tested) for row in rows])
-        return Stream(
-            name=type(self).__name__,
-            experiences=tuple(
+        if not self.asides:
+            tested = {main: tested[main]}
+        table = _Table(
+            tokenizer, self.chat, [row for own in (trained, *tested.values()) for rows in own for row in rows]
+        )
+
+        def experiences(group: str) -> tuple[Experience, ...]:
+            return tuple(
                 Experience(
                     i,
                     f"edits {i * size} to {i * size + len(some) - 1}",
@@ -128,8 +146,12 @@ class EditStream(Scenario):
                     partial(table.samples, test, i),
                     edits=some,
                 )
-                for i, (some, train, test) in enumerate(zip(parts, trained, tested, strict=True))
-            ),
+                for i, (some, train, test) in enumerate(zip(parts, trained, tested[group], strict=True))
+            )
+
+        stream = Stream(
+            name=type(self).__name__,
+            experiences=experiences(main),
             input_shape=(table.prompt + table.answers.shape[1],),
             n_classes=len(table.answers),
             objective="language",
@@ -139,14 +161,15 @@ class EditStream(Scenario):
             vocabulary=tokenizer.size,
             tokenizer=tokenizer,
         )
-
-    def _questions(self, edit: Edit) -> list[_Row]:
-        """What a test asks about an edit."""
-        if self.asked == "prompts":
-            return [_Row(edit.prompt, edit.answer)]
-        if self.asked == "paraphrases":
-            return [_Row(prompt, edit.answer) for prompt in edit.paraphrases]
-        return [_Row(probe.prompt, probe.answer) for probe in edit.unrelated if probe.answer]
+        others = [group for group, own in tested.items() if group != main and any(own)]
+        asides = {}
+        for group in others:
+            scoring = self.scoring if group in _TOLD else "opening"
+            asked = [table.samples(rows, i) for i, rows in enumerate(tested[group]) if rows]
+            asides[group] = Aside(
+                replace(stream, experiences=experiences(group), scoring=scoring), TensorData.concat(asked)
+            )
+        return replace(stream, asides=asides)
 
     def _file(self) -> Path:
         if self.facts is None:
@@ -161,6 +184,11 @@ class EditStream(Scenario):
                 "data with CL_LAB_DATA=... or data_dir"
             )
         return found
+
+
+def _questions(edit: Edit, group: str) -> list[_Row]:
+    """What a test asks about an edit."""
+    return [_Row(probe.prompt, probe.answer) for probe in GROUPS[group](edit) if probe.answer]
 
 
 class _Row(NamedTuple):
@@ -181,7 +209,7 @@ class _Table:
         ended = [(*tokens, tokenizer.end) for tokens in answers]
         number = {tokens: i for i, tokens in enumerate(dict.fromkeys(ended))}
         self._numbers = {a: number[tokens] for a, tokens in zip(said, ended, strict=True)}
-        self.prompt = max(map(len, prompts))
+        self.prompt = max(_ROOM, *map(len, prompts))
         self.answers = torch.full((len(number), max(map(len, number))), PAD)
         for tokens, i in number.items():
             self.answers[i, : len(tokens)] = torch.tensor(tokens)

@@ -21,7 +21,7 @@ from cl_lab.compat import import_torchvision
 from cl_lab.errors import ConfigError
 from cl_lab.latents import put_through
 from cl_lab.models import Classifier
-from cl_lab.records import PAD, Batch, Stream, TensorData
+from cl_lab.records import PAD, Aside, Batch, Stream, TensorData
 
 import_torchvision()  # in the way that does not fail where its operators are missing; Transformers reaches for it
 transformers: Any = importlib.import_module("transformers")
@@ -365,6 +365,7 @@ def test_cut_in_two_it_is_the_same_function(stream: Stream, stage: str) -> None:
 
 def test_a_stream_put_through_the_frozen_layers_is_learnt_alike() -> None:
     stream = toys.stream(form="texts", scoring="first-token")
+    stream = replace(stream, asides={"again": Aside(stream, stream.experiences[0].test)})
     whole, cut = build(stream), build(stream, frozen="model.layers.0")
     data = stream.experiences[0].test
     expected = whole(data.x, data.t)
@@ -372,6 +373,7 @@ def test_a_stream_put_through_the_frozen_layers_is_learnt_alike() -> None:
     latents = through.experiences[0].test
     assert torch.allclose(cut(latents.x, latents.t), expected, atol=1e-5)
     assert through.layout["prompt"] == (toys.PROMPT,), "answers are found as before"
+    assert torch.equal(through.asides["again"].questions.x, latents.x)
 
 
 @pytest.mark.parametrize("adapt", ["lora", "full"])

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from cl_lab import hub
 from cl_lab.edit_scores import (
-    GROUPS,
-    LOCAL,
     Asked,
     _passage,
     ask,
@@ -30,7 +28,7 @@ from cl_lab.edit_scores import (
 )
 from cl_lab.editable import EditableModel, Rows
 from cl_lab.errors import EditError
-from cl_lab.facts import Edit, Probe
+from cl_lab.facts import GROUPS, LOCAL, Edit, Probe
 from cl_lab.patches import Delta, PromptPatch, SidePatch, WeightPatch, packed
 
 BYTES = hub.load_tokenizer("bytes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,14 @@ NAMES = toys.editor_names()
 every = pytest.mark.parametrize("name", NAMES)
 BYTES = hub.load_tokenizer("bytes")
 FACTS = [
-    {"prompt": "The capital of Peru is", "answer": "B", "old": "L", "subject": "Peru"},
+    {
+        "prompt": "The capital of Peru is",
+        "answer": "B",
+        "old": "L",
+        "subject": "Peru",
+        "paraphrases": ["Peru is ruled from"],
+        "unrelated": [{"prompt": "Zebras eat", "answer": "g"}],
+    },
     {"prompt": "Quick question: who won?", "answer": "7", "subject": "who"},
     {"prompt": "Zebras have", "answer": "q", "subject": "Zebras"},
     {"prompt": "A somewhat longer prompt about Rome says that it is", "answer": "w", "subject": "Rome"},
@@ -435,7 +443,8 @@ def comparison(facts: Path, tmp_path: Path) -> RunConfig:
 
 
 def matrices(found: dict[str, Any]) -> dict[str, Any]:
-    return {row["strategy"]: row["runs"][0]["matrix"] for row in found["rows"]}
+    """By strategy, the score matrix and what the asides were worth."""
+    return {row["strategy"]: (row["runs"][0]["matrix"], row["runs"][0]["asides"]) for row in found["rows"]}
 
 
 @pytest.mark.slow
@@ -449,9 +458,12 @@ def test_a_comparison_ranks_editors_and_strategies(comparison: RunConfig, tmp_pa
     made = matrices(found)
     assert list(made) == [*EDITORS, *TRAINED]
     for name in ("ft-m", "grace", "naive"):  # a random model takes these well
-        assert made[name][0][0] == made[name][1][1] == 1
+        matrix, asides = made[name]
+        assert matrix[0][0] == matrix[1][1] == 1
+        assert [set(worth) for worth in asides] == [{"generality", "unrelated"}] * 2
     report = next(out.glob("report*.md")).read_text()
     assert all(name in report for name in made)
+    assert "| Strategy | generality | unrelated |" in report
 
     again = compare(comparison, tmp_path / "again")
     assert matrices(again) == made, "the same configuration and seed give the same matrix"
@@ -465,6 +477,37 @@ def test_a_comparison_ranks_editors_and_strategies(comparison: RunConfig, tmp_pa
             file.unlink()
         newest.rmdir()
     resumed = compare(comparison, tmp_path / "again", resume=True)
-    assert matrices(resumed) == made
+    assert matrices(resumed) == made, "asides, too, though the first were asked before the kill"
     for row in resumed["rows"][: len(EDITORS)]:
         assert row["runs"][0]["resumed"] == 1
+
+
+def test_asides_say_what_else_moved(facts: Path) -> None:
+    """Against each question asked by itself: written whole in other words, the first token of what should have stayed."""
+    stream = stream_of(facts)
+    made = toys.trainer(
+        [{"name": "ft-m", **knobs_of("ft-m")}],
+        stream,
+        model={"name": "causal-lm", "weights": "tiny", "adapt": "full"},
+        training={"batch_size": 2},
+    )
+    before, after = made.run().asides
+    assert set(before) == set(after) == {"generality", "unrelated"}
+    chain = made.strategy
+    for aside, found in ((stream.asides[name], after[name]) for name in after):
+        data = aside.questions
+        batch = Batch(data.x, data.y, data.t, 0)
+        with torch.no_grad():
+            right = find_answers(batch, lambda b: chain.predict(b, made.learner), aside.stream) == data.y
+        assert found == float(right.double().mean())
+    eats = stream.asides["unrelated"]
+    assert stream.answers is not None
+    for token in range(256):  # of all that could be the answer's first token, the likeliest is right
+        table = stream.answers.clone()
+        table[eats.questions.y, 0] = token
+        other = replace(eats.stream, answers=table)
+        batch = Batch(eats.questions.x, eats.questions.y, eats.questions.t, 0)
+        with torch.no_grad():
+            said = chain.predict(batch, made.learner)[:, 0].argmax(1)
+            right = find_answers(batch, lambda b: chain.predict(b, made.learner), other) == eats.questions.y
+        assert right.tolist() == [token == int(said)]

@@ -9,7 +9,7 @@ import torch
 
 from cl_lab.errors import DataError
 from cl_lab.protocols import state_bytes, tensors_of
-from cl_lab.records import Batch, Experience, Stream, TensorData
+from cl_lab.records import Aside, Batch, Experience, Stream, TensorData
 
 
 def data(n: int = 6, first: int = 0) -> TensorData:
@@ -140,6 +140,19 @@ def test_fingerprint_names_what_is_measured() -> None:
     assert one.fingerprint() == dataclasses.replace(one, name="other").fingerprint()
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.name = "x"
+
+
+def test_asides_are_of_the_stream_they_stand_beside() -> None:
+    e = Experience(0, "e", (0, 1), data, data)
+    stream = Stream("s", (e,), (4,), 2)
+    beside = dataclasses.replace(stream, asides={"more": Aside(stream, data(5))})
+    assert beside.fingerprint() != stream.fingerprint()
+    assert beside.fingerprint() != dataclasses.replace(stream, asides={"more": Aside(stream, data(4))}).fingerprint()
+    wide, late = TensorData(torch.zeros(2, 5), torch.zeros(2).long(), torch.zeros(2).long()), data(5)
+    late = TensorData(late.x, late.y, torch.ones_like(late.t))
+    for questions, told in ((wide, r"samples \[5\] of experiences up to 0"), (late, r"samples \[4\] .* up to 1")):
+        with pytest.raises(DataError, match=rf"its aside 'more' asks {told}, scored by accuracy; make them alike"):
+            dataclasses.replace(stream, asides={"more": Aside(stream, questions)})
 
 
 def test_state_bytes() -> None:

@@ -750,6 +750,22 @@ def test_words() -> None:
     assert _fenced("x ```` y").startswith("`````\n")
 
 
+def test_what_else_was_asked_is_told(tmp_path: Path) -> None:
+    """Means over seeds, before and after, with the interval of what was left; a run without asides has no row."""
+    runs = [
+        made_up_run("wise", s, asides=[{"generality": 0.0, "same_subject": 0.8}, {"generality": 0.5 + 0.1 * s}])
+        for s in (0, 1)
+    ]
+    page, twin = write_report(made_up_comparison(runs, [made_up_run("naive", 0)]), tmp_path)
+    told = twin.read_text("utf-8")
+    assert "| Strategy | generality | same subject |" in told
+    half = 12.706204736432095 * 0.1 / 2  # Student's t of one degree of freedom, times std/√2
+    assert f"| wise | 0.0 → 55.0 ± {100 * half:.1f} | 80.0 → – |" in told
+    assert "What else was asked" in Page(page.read_text("utf-8")).text
+    alone = write_report(made_up_comparison([made_up_run("naive", 0)]), tmp_path / "alone")[1].read_text("utf-8")
+    assert "What else was asked" not in alone
+
+
 def test_what_strategies_measured_themselves_is_told(tmp_path: Path) -> None:
     """Means over seeds after the first and the last experience; single experiences are left to run.json."""
     key = "ilora/fast_accuracy"

@@ -68,6 +68,7 @@ def save_run(
         "reference": False,
         "initial": [0.1] * T,
         "matrix": [[0.9, 0.0, 0.0], [0.5, 0.9, 0.0], [0.3, 0.6, 0.9]][: T if status == "finished" else 1],
+        "asides": [{"generality": 0.1}, {"generality": 0.7}][: 2 if status == "finished" else 1],
         "metrics": {"average_accuracy": 0.6, "fwt": None},
         "cost": {"train_seconds": 1.5, "strategy_state_bytes": 4096},
         "run_id": "local",
@@ -121,6 +122,7 @@ def test_a_run_is_all_there(store: str, tmp_path: Path) -> None:
     assert client(store).get_run(run_id).info.status == "RUNNING"
     for step in range(600):
         tracker.log_metrics({"loss": 2.0 - step / 1000}, step)
+    tracker.log_asides({"generality": 0.1}, 0)
     tracker.log_row(0, [0.9, 0.0, None])
     tracker.log_row(1, [0.5, 0.9, 0.0])
     save_run(tmp_path)
@@ -146,6 +148,7 @@ def test_a_run_is_all_there(store: str, tmp_path: Path) -> None:
     assert history("accuracy/exp_0") == [(0, 0.9), (1, 0.5), (2, 0.3)]
     assert history("initial_accuracy/exp_2") == [(0, 0.1)]
     assert history("anytime/exp_0") == [(5, 0.4)]
+    assert history("aside/generality") == [(0, 0.1), (3, 0.7)], "by the experiences learnt"
     losses = history("loss")
     assert [step for step, _ in losses] == list(range(1200)), "each step once, live ones and those from the folder"
     tags = run.data.tags

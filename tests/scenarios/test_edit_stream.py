@@ -48,9 +48,15 @@ def test_our_own_facts_are_whole_and_do_not_conflict() -> None:
         assert edit.subject
         assert edit.subject in edit.prompt
         assert edit.answer != edit.old
-        assert len(edit.paraphrases) == len(edit.unrelated) == 1
+        assert len(edit.paraphrases) == len(edit.unrelated) == len(edit.same_relation) == len(edit.same_subject) == 1
         assert edit.subject in edit.paraphrases[0]
         assert edit.unrelated[0].answer
+        assert edit.subject not in edit.same_relation[0].prompt
+        assert edit.subject.removeprefix("the ") in edit.same_subject[0].prompt
+    edited = {edit.prompt for edit in edits}
+    asked = [probe for edit in edits for probe in (*edit.unrelated, *edit.same_relation, *edit.same_subject)]
+    assert not edited & {probe.prompt for probe in asked}, "they must not change"
+    assert all(probe.answer for probe in asked)
     assert {edit.relation for edit in edits} == {"capital", "language", "largest city"}
 
 
@@ -91,6 +97,44 @@ def test_tests_may_ask_what_must_not_change(tmp_path: Path) -> None:
     assert texts(stream, stream.experiences[0].test) == [("Where is it?", " N")], "those whose answer is known"
     with pytest.raises(DataError, match=r"no edit of experience \d has unrelated with an answer"):
         made(experiences=2, per_experience=1, **knobs).stream(0)
+
+
+WHOLE: dict[str, Any] = {
+    "prompt": "One is",
+    "answer": "1",
+    "paraphrases": ["Who is one?", "One?"],
+    "reverse": [{"prompt": "1 is", "answer": "One"}],
+    "one_hop": [{"prompt": "Next to one", "answer": "2"}, {"prompt": "Nobody knows"}],
+    "unrelated": [{"prompt": "A long way round to where it is said to be, they say,", "answer": "north"}],
+    "same_relation": [{"prompt": "Two is", "answer": "2"}],
+}
+
+
+def test_what_else_can_be_asked_is_an_aside(tmp_path: Path) -> None:
+    facts = written(tmp_path, {"prompt": "Three is", "answer": "3"}, WHOLE)
+    stream = made(facts=facts, experiences=2, per_experience=1, scoring="constrained").stream(0)
+    told = {name: texts(stream, aside.questions) for name, aside in stream.asides.items()}
+    assert told == {
+        "generality": [("Who is one?", " 1"), ("One?", " 1")],
+        "reverse": [("1 is", " One")],
+        "one_hop": [("Next to one", " 2")],
+        "unrelated": [("A long way round to where it is said to be, they say,", " north")],
+        "same_relation": [("Two is", " 2")],
+    }, "with a known answer; nothing of the subject's own is asked"
+    scoring = {name: aside.stream.scoring for name, aside in stream.asides.items()}
+    assert scoring == dict.fromkeys(told, "opening") | {"generality": "constrained"}
+    place = next(i for i, e in enumerate(stream.experiences) if e.edits[0].prompt == "One is")
+    for aside in stream.asides.values():
+        assert set(aside.questions.t.tolist()) == {place}, "a task's own questions"
+        assert set(aside.questions.y.tolist()) <= set(aside.stream.experiences[place].classes)
+    assert [len(e.classes) for e in stream.experiences] == [1, 1], (
+        "whose answers none of its own edits may be taken for"
+    )
+    bare = made(facts=facts, experiences=2, per_experience=1, asides=False).stream(0)
+    assert not bare.asides
+    assert bare.fingerprint() != stream.fingerprint()
+    others = made(facts=facts, experiences=1, per_experience=2, asked="paraphrases").stream(0).asides
+    assert list(others) == ["reliability", "reverse", "one_hop", "unrelated", "same_relation"]
 
 
 def test_facts_are_found_in_a_data_folder(tmp_path: Path) -> None:
