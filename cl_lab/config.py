@@ -195,10 +195,10 @@ class EvaluationConfig(_Strict):
     every_steps: int | None = Field(
         None, ge=1, description="also score every test set seen so far each n steps (anytime accuracy, stability gap)"
     )
-    drift: bool = Field(
+    drift: bool | Literal["ends"] = Field(
         False,
-        description="of language models, before the first experience and after each: perplexity of plain text and questions "
-        "of general knowledge",
+        description="of language models, before the first experience and after each (ends: after the last alone): "
+        "perplexity of plain text and questions of general knowledge",
     )
     probe_text: str | None = Field(
         None, min_length=1, description="text file whose paragraphs the perplexity is measured on, in place of ours"

@@ -351,9 +351,10 @@ class _Run:
             self.observer.scored(record)
         if self.tracker is not None:
             rows = len(record.matrix)
-            if record.drift:
+            at_ends = rows in (0, len(self.document["experiences"]))
+            if record.drift and (at_ends or self.config.evaluation.drift != "ends"):
                 self.tracker.log_drift(record.drift[-1], rows)
-            if len(record.asides) == 1 + bool(rows):  # asked before the first experience and after the last
+            if record.asides and at_ends:
                 self.tracker.log_asides(record.asides[-1], rows)
             if rows:
                 self.tracker.log_row(rows - 1, record.matrix[-1], self.document["score"])
@@ -386,7 +387,7 @@ class _Run:
                 test_samples=tests,
                 anytime=_complete(record.anytime, len(tests)),
                 valid=record.valid or None,
-                general=[list(d["general"].values()) for d in record.drift] or None,
+                general=[list(d["general"].values()) for d in record.drift] if len(record.drift) > 1 else None,
             )
 
     def _finish(self, status: str, error: str | None = None) -> None:

@@ -524,10 +524,12 @@ def _points_of_run(run: Mapping[str, Any]) -> Iterator[tuple[str, float, int, in
         rows += [(f"{key}/exp_{j}", v, i) for j, v in enumerate(row)]
     for i, measures in enumerate(run.get("measures") or []):
         rows += [(name, v, i) for name, v in measures.items()]
-    for i, drift in enumerate(run.get("drift") or []):  # the first is that before training
-        rows += [(name, v, i) for name, v in drift_numbers(drift).items()]
-    for step, scores in zip((0, len(run.get("matrix") or [])), run.get("asides") or [], strict=False):
-        rows += [(name, v, step) for name, v in aside_numbers(scores).items()]
+    learnt = len(run.get("matrix") or [])
+    drift = run.get("drift") or []  # the first is that before training
+    for i, found in zip((0, learnt) if len(drift) == 2 else range(len(drift)), drift, strict=True):
+        rows += [(name, v, i) for name, v in drift_numbers(found).items()]
+    for i, scores in zip((0, learnt), run.get("asides") or [], strict=False):
+        rows += [(name, v, i) for name, v in aside_numbers(scores).items()]
     for point in run.get("losses") or []:
         rows.append(("loss", point.get("loss"), point.get("step", 0)))
     for point in run.get("anytime") or []:

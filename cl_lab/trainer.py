@@ -80,7 +80,7 @@ class Record:
     measures: list[dict[str, float]] = field(default_factory=list)
     """Numbers of the strategy's own after each experience, by ``strategy/name``; with those of its other answers."""
     drift: list[dict[str, Any]] = field(default_factory=list)
-    """Before training and after each experience, what :meth:`cl_lab.drift.Probes.results` says, where it is asked for."""
+    """What :meth:`cl_lab.drift.Probes.results` says before training, and after each experience or the last alone."""
     asides: list[dict[str, float]] = field(default_factory=list)
     """Before training and after the last experience, the score on each of the stream's asides; empty without any."""
     train_seconds: float = 0.0
@@ -193,8 +193,10 @@ class Trainer:
             self.record.matrix.append(row)
             if valid:
                 self.record.valid.append(valid)
-            self._probe()
-            if len(self.record.matrix) == len(self.stream):
+            last = len(self.record.matrix) == len(self.stream)
+            if last or self.config.evaluation.drift != "ends":
+                self._probe()
+            if last:
                 self._ask_aside()
             self.record.trainable_parameters = self.learner.trainable_parameters
             self.record.measures.append(self.strategy.measures() | self._other_scores(experience.index + 1))

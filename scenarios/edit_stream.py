@@ -35,7 +35,7 @@ _TOLD = ("reliability", "generality")
 """Groups that ask for what was edited, whose answers' end is learnt with them."""
 
 _ROOM = 32
-"""Columns for prompts, at least: the questions of ``evaluation.drift`` need some. Those that no row uses cost nothing."""
+"""Columns for prompts, and for answers, at least: ``evaluation.drift`` reads longer texts. Unused ones cost nothing."""
 
 
 @dataclass
@@ -210,7 +210,7 @@ class _Table:
         number = {tokens: i for i, tokens in enumerate(dict.fromkeys(ended))}
         self._numbers = {a: number[tokens] for a, tokens in zip(said, ended, strict=True)}
         self.prompt = max(_ROOM, *map(len, prompts))
-        self.answers = torch.full((len(number), max(map(len, number))), PAD)
+        self.answers = torch.full((len(number), max(_ROOM, *map(len, number))), PAD)
         for tokens, i in number.items():
             self.answers[i, : len(tokens)] = torch.tensor(tokens)
 

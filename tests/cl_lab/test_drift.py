@@ -143,6 +143,8 @@ def test_training_does_not_notice(links: list[dict[str, Any]]) -> None:
     assert len(record.drift) == 3, "before, and after each of two experiences"
     assert record.drift[0] != record.drift[-1]
     assert all(set(d["general"]) == set(QUESTIONS) for d in record.drift)
+    ends = toys.trainer(links, stream, model=LM, training=TRAINING, evaluation={"drift": "ends"}).run()
+    assert ends.drift == [record.drift[0], record.drift[-1]]
 
 
 def test_the_newest_prompt_is_what_probes_are_read_behind() -> None:
@@ -197,13 +199,13 @@ def test_a_run_that_was_stopped_has_every_moment(tmp_path: Path) -> None:
     assert toys.at_newest(again()).run().drift == whole.drift
 
 
-def run(folder: Path, **engine: Any) -> dict[str, Any]:
+def run(folder: Path, drift: bool | str = True, **engine: Any) -> dict[str, Any]:
     document = {
         "scenario": {"name": "text-stream", **(TextStream.conformance_knobs() or {})},
         "model": LM,
         "strategy": "naive",
         "training": TRAINING,
-        "evaluation": {"drift": True, "batch_size": 64},
+        "evaluation": {"drift": drift, "batch_size": 64},
         "tracking": {"uri": None},
         "engine": engine,
     }
@@ -218,6 +220,22 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path, engine: dict[str, Any])
     for one, two in zip(alone, together, strict=True):
         assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-3)
         assert drift_numbers(two)["drift/general"] == pytest.approx(drift_numbers(one)["drift/general"], abs=0.026)
+
+
+@pytest.mark.parametrize("drift", [True, "ends"])
+def test_what_is_logged_at_once_is_what_the_document_has(
+    drift: bool | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cl_lab.tracking import Tracker, _points_of_run
+
+    logged: list[tuple[str, int, float]] = []
+    monkeypatch.setattr(
+        Tracker, "log_metrics", lambda _, found, step: logged.extend((k, step, v) for k, v in found.items())
+    )
+    document = run(tmp_path / "run", drift)
+    told = {(key, step, value) for key, value, step, _ in _points_of_run(document) if key.startswith("drift/")}
+    assert len(told) == 6 * (2 if drift == "ends" else 3)
+    assert sorted(told) == sorted(point for point in logged if point[0].startswith("drift/")), "each once"
 
 
 def test_the_document_and_the_report_tell_it(tmp_path: Path) -> None:

@@ -151,7 +151,8 @@ def test_an_answer_that_stands_there_decides_nothing(name: str, facts: Path) -> 
     prompt, answer = (size for (size,) in stream.layout.values())
     routes = []
     for tokens in ([PAD] * answer, [32, 66, 256][:answer], [90, 90, 90][:answer]):
-        batch.x[:, prompt:] = torch.tensor(tokens, dtype=torch.int32)
+        batch.x[:, prompt:] = PAD
+        batch.x[:, prompt : prompt + len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
         said(strategy, learner, batch)
         hooks: list[Routed] = list(strategy._model(learner).editable.side.values())
         routes.append([None if h.route is None else h.route.tolist() for h in hooks])

@@ -193,4 +193,5 @@ def test_answers_are_tokenised_as_they_stand_behind_prompts() -> None:
             return [ord("_"), *super().encode(text)]
 
     table = edit_stream._Table(Marked(), False, [edit_stream._Row("It is", "Lyon"), edit_stream._Row("Is it", "no")])
-    assert table.answers.tolist() == [[*b" Lyon", 256], [*b" no", 256, PAD, PAD]]
+    assert table.answers[:, :6].tolist() == [[*b" Lyon", 256], [*b" no", 256, PAD, PAD]]
+    assert (table.answers[:, 6:] == PAD).all()
