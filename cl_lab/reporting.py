@@ -666,7 +666,8 @@ def _beaten_by_some(leaders: Sequence[Row], learners: Sequence[Row]) -> str:
 
 
 def findings(comparison: Mapping[str, Any]) -> list[str]:
-    """The sentences that follow the headline: gap to the upper bound, forgetting, cost, and what weakens the result.
+    """The sentences that follow the headline: gap to the upper bound, forgetting, what else was asked, cost, and what
+    weakens the result.
 
     Of runs on different data the first says so, and strategies are not told against each other.
     """
@@ -677,6 +678,7 @@ def findings(comparison: Mapping[str, Any]) -> list[str]:
         leaders = (_leaders(learners) or learners[:1])[:3]
         found += _gap(leaders, [r for r in _sorted(rows, True) if r.accuracy])
         found += _forgot(leaders, learners)
+        found += _asked_beside(leaders)
         found += _price(leaders, learners)
     chance = _number(comparison.get("chance"))
     if chance is not None:
@@ -820,6 +822,16 @@ def _forgot(leaders: Sequence[Row], learners: Sequence[Row]) -> Iterator[str]:
     if naive and naive not in leaders and "forgetting" in naive.metrics:
         against = f" (naive training: {naive.score.stat(naive.metrics['forgetting'])})"
     yield f"Forgetting: {_list(parts)}{against}."
+
+
+def _asked_beside(leaders: Sequence[Row]) -> Iterator[str]:
+    """What the stream's other questions were worth: who leads on what was learnt may have lost the rest."""
+    if told := _asides(leaders):
+        each = (
+            f"{row['label']}: {', '.join(map(' '.join, zip(told['heads'], row['cells'], strict=True)))}"
+            for row in told["rows"]
+        )
+        yield f"Asked otherwise, before → after: {'; '.join(each)}."
 
 
 def _price(leaders: Sequence[Row], learners: Sequence[Row]) -> Iterator[str]:

@@ -198,7 +198,8 @@ class Trainer:
                 self._probe()
             if last:
                 self._ask_aside()
-            self.record.trainable_parameters = self.learner.trainable_parameters
+            if self.record.steps:  # or nothing was trained: of an editor, say
+                self.record.trainable_parameters = self.learner.trainable_parameters
             self.record.measures.append(self.strategy.measures() | self._other_scores(experience.index + 1))
             self.record.strategy_state_bytes = state_bytes(self.strategy.state_dict())
             peak = _peak_memory(self.learner.device)

@@ -492,7 +492,9 @@ def test_asides_say_what_else_moved(facts: Path) -> None:
         model={"name": "causal-lm", "weights": "tiny", "adapt": "full"},
         training={"batch_size": 2},
     )
-    before, after = made.run().asides
+    record = made.run()
+    assert record.trainable_parameters == 0, "no step was taken"
+    before, after = record.asides
     assert set(before) == set(after) == {"generality", "unrelated"}
     chain = made.strategy
     for aside, found in ((stream.asides[name], after[name]) for name in after):

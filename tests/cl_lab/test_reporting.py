@@ -761,6 +761,7 @@ def test_what_else_was_asked_is_told(tmp_path: Path) -> None:
     assert "| Strategy | generality | same subject |" in told
     half = 12.706204736432095 * 0.1 / 2  # Student's t of one degree of freedom, times std/√2
     assert f"| wise | 0.0 → 55.0 ± {100 * half:.1f} | 80.0 → – |" in told
+    assert f"Asked otherwise, before → after: wise: generality 0.0 → 55.0 ± {100 * half:.1f}, same subject" in told
     assert "What else was asked" in Page(page.read_text("utf-8")).text
     alone = write_report(made_up_comparison([made_up_run("naive", 0)]), tmp_path / "alone")[1].read_text("utf-8")
     assert "What else was asked" not in alone
