@@ -194,7 +194,7 @@ def _from_package(known: KnownModel, made: Path, scratch: Path) -> dict[str, Any
 
 def _download_from_hub(repository: str, folder: Path) -> str:
     """Weights, config and tokenizer into ``folder``; returns the commit they are of."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+    if _told_to_stay_offline():
         raise _UnreachableError("the hub was not asked (HF_HUB_OFFLINE is set)")
     import huggingface_hub
 
@@ -213,6 +213,33 @@ def _download_from_hub(repository: str, folder: Path) -> str:
     except Exception as error:  # the client's HTTP library, and so its errors, changes between versions
         raise _UnreachableError(f"the hub cannot be reached ({_short(error)})") from error
     return commit
+
+
+def _told_to_stay_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+@cache
+def _only_copies(repository: str) -> bool:
+    """Whether a model of the hub is to be read from what earlier downloads have left, as the hub does not answer.
+
+    It is asked once: its client asks six times for each file, which takes half a minute and a line for each time. Raises
+    :class:`OSError` where nothing was left.
+    """
+    if _told_to_stay_offline():
+        return True
+    import huggingface_hub
+
+    try:
+        huggingface_hub.model_info(repository, timeout=_HUB_SECONDS)
+    except huggingface_hub.errors.HfHubHTTPError:
+        return False  # it answers, and will say what is the matter
+    except Exception as error:  # the client's HTTP library, and so its errors, changes between versions
+        if not isinstance(huggingface_hub.try_to_load_from_cache(repository, "config.json"), str):
+            raise OSError(f"the hub cannot be reached: {_short(error)}") from error
+        log.warning("model '%s': the hub cannot be reached; read from what was downloaded before", repository)
+        return True
+    return False
 
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
@@ -363,6 +390,7 @@ def load_causal_lm(name: str, *, dtype: str = "float32") -> nn.Module:
                 use_safetensors=None if trusted else True,
                 trust_remote_code=trusted,
                 output_loading_info=True,
+                local_files_only=path.is_dir() or _only_copies(place),
             )
             _refuse_missing(found)
     embedding = model.get_input_embeddings()
@@ -758,7 +786,9 @@ def load_tokenizer(name: str) -> Tokenizer:
         if path.is_file():
             tokenizer = _gguf_tokenizer(path)
         else:
-            tokenizer = _transformers().AutoTokenizer.from_pretrained(place, trust_remote_code=trusted)
+            tokenizer = _transformers().AutoTokenizer.from_pretrained(
+                place, trust_remote_code=trusted, local_files_only=path.is_dir() or _only_copies(place)
+            )
         if tokenizer.is_fast:  # its file may ask for either, which we do ourselves
             tokenizer.backend_tokenizer.no_padding()
             tokenizer.backend_tokenizer.no_truncation()

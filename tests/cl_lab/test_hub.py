@@ -422,10 +422,64 @@ def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = hub._transformers()
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+    monkeypatch.setattr(hub, "_only_copies", lambda _: False)
     for load in (hub.load_causal_lm, hub.load_tokenizer):
         with pytest.raises(DataError) as error:
             load("owner/name")
         one_line(error, "'owner/name': cannot be read", "We couldn't connect)", "check the id and the network")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_hub_that_does_not_answer_is_asked_once(
+    kept: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was downloaded before is read; where nothing was, that is one line, and at once."""
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def fail(name: str, **_: object) -> None:
+        asked.append(name)
+        raise RuntimeError("no route\nto host")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub, "model_info", fail)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "config.json" if kept else None)
+    transformers = hub._transformers()
+    calls: list[dict[str, Any]] = []
+
+    def read(*_: object, **options: Any) -> None:
+        calls.append(options)
+        raise ValueError("read")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", read)
+    hub._only_copies.cache_clear()
+    for _ in range(2):
+        with pytest.raises(DataError) as error:
+            hub.load_causal_lm("owner/name")
+        one_line(error, "ValueError: read" if kept else "the hub cannot be reached: RuntimeError: no route")
+    assert [c["local_files_only"] for c in calls] == [True] * 2 * kept
+    assert asked == ["owner/name"] * (1 if kept else 2)
+    assert ("read from what was downloaded before" in caplog.text) == kept
+    monkeypatch.setattr(huggingface_hub, "model_info", None)
+    hub._only_copies.cache_clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub._only_copies("owner/name"), "nobody is asked"
+    hub._only_copies.cache_clear()
+
+
+def test_a_hub_that_answers_is_read_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def missing(*_: object, **__: object) -> None:
+        raise huggingface_hub.errors.HfHubHTTPError.__new__(huggingface_hub.errors.HfHubHTTPError)
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for answer in (lambda *_, **__: None, missing):
+        hub._only_copies.cache_clear()
+        monkeypatch.setattr(huggingface_hub, "model_info", answer)
+        assert not hub._only_copies("owner/name")
+    hub._only_copies.cache_clear()
 
 
 # -- GGUF ----------------------------------------------------------------------------------------------------------
