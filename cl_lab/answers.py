@@ -80,7 +80,8 @@ def find_answers(batch: Batch, say: Say, stream: Stream, longest: int | None = N
     right only where all tokens are those of an answer; ``constrained`` takes the task's answer with the highest
     log-probability, its end included, so that a long answer is not put before its own beginning; ``first-token`` the
     task's answer whose first token is the likeliest; ``opening`` the right answer where it begins with the likeliest of all
-    tokens. What stands in the answer's columns of ``batch`` is not looked at.
+    tokens (where that is but a blank, the next ones are, too: :attr:`Stream.openings`). What stands in the answer's columns
+    of ``batch`` is not looked at.
 
     What ``generation`` writes is looked for among the task's answers of up to ``longest`` tokens, all of them by default,
     and writing stops there: a stream may hold whole texts beside short answers. Where they are few it need not write: all
@@ -91,9 +92,7 @@ def find_answers(batch: Batch, say: Say, stream: Stream, longest: int | None = N
     answers = stream.answers.to(batch.x.device)
     prompt = stream.layout["prompt"][0]
     if stream.scoring == "opening":
-        best, token = say(_asked(batch, prompt))[:, 0].float().max(1)
-        found = torch.where(token == answers[batch.y, 0], batch.y, NONE)
-        return torch.where(best.isfinite(), found, BROKEN)
+        return _opens(batch, say, answers[batch.y], stream.openings.to(batch.x.device)[batch.y], prompt)
     found = torch.full_like(batch.y, NONE)
     for task in batch.t.unique().tolist():
         rows = (batch.t == task).nonzero().squeeze(1)
@@ -119,6 +118,15 @@ def _asked(batch: Batch, prompt: int, answer: Tensor | None = None) -> Batch:
     if answer is not None:
         x[:, prompt : prompt + answer.shape[-1]] = answer.to(x.dtype)
     return replace(batch, x=x)
+
+
+def _opens(batch: Batch, say: Say, right: Tensor, depth: Tensor, prompt: int) -> Tensor:
+    """``batch.y`` where each of the first ``depth`` ``[B]`` tokens of ``right`` ``[B, A]`` is the likeliest in its place."""
+    most = int(depth.max())
+    best, token = say(_asked(batch, prompt, right[:, : most - 1]))[:, :most].float().max(2)
+    asked = torch.arange(most, device=depth.device) < depth[:, None]
+    same = ((token == right[:, :most]) | ~asked).all(1)
+    return torch.where((~best.isfinite() & asked).any(1), BROKEN, torch.where(same, batch.y, NONE))
 
 
 def _first_tokens(batch: Batch, say: Say, answers: Tensor, prompt: int) -> Tensor:

@@ -124,6 +124,11 @@ class Chain:
         return any(link.uses_features for link in self.links)
 
     @property
+    def trained_by_steps(self) -> bool:
+        """Whether the trainer's steps are what changes the model's weights, for any link."""
+        return any(link.trained_by_steps for link in self.links)
+
+    @property
     def whole_parameters(self) -> list[str]:
         """Names of the links that cannot run where parameters are sharded."""
         return [n for n, link in zip(self.names, self.links, strict=True) if link.whole_parameters]

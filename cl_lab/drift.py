@@ -1,4 +1,4 @@
-"""What learning a stream does to the rest of a language model: probes before it and after each experience.
+"""What learning a stream does to the rest of a language model: probes before it, and after each experience or all.
 
 Two things are asked of the model as it answers the stream, without touching it: how surprising it finds plain text
 (perplexity), and whether it still knows what everybody knows (questions of which it must find the right option the
@@ -21,6 +21,7 @@ from torch import Tensor
 from cl_lab.errors import ConfigError, DataError
 from cl_lab.probe_texts import PARAGRAPHS, QUESTIONS
 from cl_lab.records import PAD, Stream, TensorData
+from cl_lab.subjects import NamedSubjects
 
 log = logging.getLogger("cl_lab")
 
@@ -82,25 +83,32 @@ def make_probes(stream: Stream, probe_text: str | None = None) -> Probes:
     if stream.objective != "language" or stream.tokenizer is None:
         found = f"is a {stream.objective}" if stream.objective != "language" else "has no tokenizer"
         raise ConfigError(
-            f"evaluation.drift = true: probes are texts for a causal language model, but stream '{stream.name}' {found}; "
+            f"evaluation.drift: probes are texts for a causal language model, but stream '{stream.name}' {found}; "
             "leave it out, or take scenario text-stream with model causal-lm"
         )
     (prompt,), (answer,) = (stream.layout[part] for part in ("prompt", "answer"))
     if stream.input_shape != (prompt + answer,):
         raise ConfigError(
-            "evaluation.drift = true: probes go through the whole model, but model.frozen gives it latents; leave "
+            "evaluation.drift: probes go through the whole model, but model.frozen gives it latents; leave "
             "model.frozen out, or evaluation.drift"
         )
     tokenizer = stream.tokenizer
     paragraphs = list(PARAGRAPHS) if probe_text is None else _paragraphs(Path(probe_text).expanduser())
-    asked = [(topic, _ASKED.format(q), options) for topic, own in QUESTIONS.items() for q, options in own]
+    every = [(topic, q, options) for topic, own in QUESTIONS.items() for q, options in own]
+    edited = [name for e in stream.experiences for edit in e.edits for name in (edit.subject, *edit.aliases) if name]
+    named = NamedSubjects([edited]).among([q for _, q, _ in every])[0].tolist()
+    if any(named):  # what is to change is no general knowledge, and its new answer not among the options
+        log.info("drift: %d of %d questions name what is edited and are not asked", sum(named), len(every))
+    asked = [
+        (topic, _ASKED.format(q), options) for (topic, q, options), own in zip(every, named, strict=True) if not own
+    ]
     try:
         texts = tokenizer.encode_all(paragraphs)
         contexts = tokenizer.encode_all([context for _, context, _ in asked])
         answered = [tokenizer.encode_all([f"{context} {o}" for o in options]) for _, context, options in asked]
     except DataError as error:
         raise ConfigError(
-            f"evaluation.drift = true: stream '{stream.name}' has no tokens for the probes ({error}); leave it out, or take "
+            f"evaluation.drift: stream '{stream.name}' has no tokens for the probes ({error}); leave it out, or take "
             "a model's tokenizer"
         ) from error
     if cut := sum(len(context) > prompt for context in contexts):

@@ -43,6 +43,7 @@ class EditorStrategy(Strategy):
 
     needs_boundaries: ClassVar[bool] = True
     whole_parameters: ClassVar[bool] = True
+    trained_by_steps: ClassVar[bool] = False
     # Nothing is learnt but edits, which only a stream of texts has; prepare says so in better words than a chain.
     objectives: ClassVar[frozenset[Objective]] = OBJECTIVES
 

@@ -353,9 +353,9 @@ class _Run:
             rows = len(record.matrix)
             at_ends = rows in (0, len(self.document["experiences"]))
             if record.drift and (at_ends or self.config.evaluation.drift != "ends"):
-                self.tracker.log_drift(record.drift[-1], rows)
+                self.tracker.log_drift(record.drift[-1])
             if record.asides and at_ends:
-                self.tracker.log_asides(record.asides[-1], rows)
+                self.tracker.log_asides(record.asides[-1])
             if rows:
                 self.tracker.log_row(rows - 1, record.matrix[-1], self.document["score"])
                 if record.measures and record.measures[-1]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cl_lab.files import cache_root
 from cl_lab.models import Classifier, channels_last
-from cl_lab.records import Experience, Stream, TensorData
+from cl_lab.records import Aside, Experience, Stream, TensorData
 
 log = logging.getLogger("cl_lab")
 
@@ -80,7 +80,11 @@ def put_through(stream: Stream, model: Classifier, stage: str, *, keep: bool, de
     shape = tuple(compute(torch.zeros(1, *stream.input_shape)).shape[1:])
     experiences = tuple(experience(e) for e in stream.experiences)
     layout = stream.layout if stream.objective == "language" else {}
-    asides = {name: replace(aside, questions=encoded(aside.questions)) for name, aside in stream.asides.items()}
+
+    def beside(aside: Aside) -> Aside:
+        return Aside(replace(aside.stream, input_shape=shape, layout=layout), lambda: encoded(aside.questions))
+
+    asides = {name: beside(aside) for name, aside in stream.asides.items()}
     return replace(
         stream, experiences=experiences, input_shape=shape, mean=None, std=None, layout=layout, asides=asides
     )

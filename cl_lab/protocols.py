@@ -173,6 +173,8 @@ class Strategy:
     """Wants :meth:`Learner.features` of the training pass itself."""
     whole_parameters: ClassVar[bool] = False
     """Calls parts of the model on its own, so it cannot run where parameters are sharded (ZeRO 3)."""
+    trained_by_steps: ClassVar[bool] = True
+    """The trainer's steps are what changes the model's weights: not of an editor, which lays patches."""
     task_conditioned: ClassVar[bool] = False
     """Needs the task label of every sample, also at test time: refuses streams that do not tell it."""
     objectives: ClassVar[frozenset[Objective]] = frozenset({"classification"})

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -303,14 +304,6 @@ class Stream:
             )
         if self.objective == "language":
             self._check_language()
-        for name, aside in self.asides.items():
-            shape, last = list(aside.questions.x.shape[1:]), int(aside.questions.t.max())
-            if shape != list(self.input_shape) or last >= len(self) or self.score != aside.stream.score:
-                raise DataError(
-                    f"stream '{self.name}' has {len(self)} experiences of samples {list(self.input_shape)}, scored by "
-                    f"{self.score}, but its aside '{name}' asks samples {shape} of experiences up to {last}, scored by "
-                    f"{aside.stream.score}; make them alike"
-                )
 
     def _check_language(self) -> None:
         if self.answers is None or list(self.layout) != ["prompt", "answer"]:
@@ -345,6 +338,20 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self.experiences)
+
+    @cached_property
+    def openings(self) -> Tensor:
+        """How many tokens each of ``answers`` takes to say something, int64 ``[n_classes]``: some begin with a blank."""
+        assert self.answers is not None
+        found = []
+        for row in self.answers.tolist():
+            tokens = [token for token in row if token != PAD]
+            some = range(1, len(tokens)) if self.tokenizer is not None else ()
+            found.append(next((n for n in some if self._says(tokens[:n])), max(1, len(some))))
+        return torch.tensor(found)
+
+    def _says(self, tokens: list[int]) -> bool:
+        return self.tokenizer is not None and bool(self.tokenizer.decode(tokens).strip())
 
     @property
     def score(self) -> str:
@@ -401,7 +408,20 @@ class Aside:
     """Questions that are asked beside a stream and never learnt, about any of its experiences (``questions.t``).
 
     ``stream`` says how their answers are found and which an experience has: that beside which they are asked, but for these.
+    ``make`` gives the questions, when they are first wanted.
     """
 
     stream: Stream
-    questions: TensorData
+    make: Callable[[], TensorData]
+
+    @cached_property
+    def questions(self) -> TensorData:
+        """Samples of the stream's shape. Raises :class:`DataError` for none, or others."""
+        data, experiences = self.make(), len(self.stream)
+        shape, wanted = list(data.x.shape[1:]), list(self.stream.input_shape)
+        if not len(data) or shape != wanted or not bool(((data.t >= 0) & (data.t < experiences)).all()):
+            raise DataError(
+                f"stream '{self.stream.name}' has {experiences} experiences of samples {wanted}, but an aside asks "
+                f"{len(data)} samples {shape} of experiences {sorted(set(data.t.tolist()))}; make them alike"
+            )
+        return data

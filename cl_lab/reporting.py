@@ -831,7 +831,8 @@ def _asked_beside(leaders: Sequence[Row]) -> Iterator[str]:
             f"{row['label']}: {', '.join(map(' '.join, zip(told['heads'], row['cells'], strict=True)))}"
             for row in told["rows"]
         )
-        yield f"Asked otherwise, before → after: {'; '.join(each)}."
+        unit = " in per cent," if leaders[0].score.percent else ""
+        yield f"Also asked,{unit} before → after: {'; '.join(each)}."
 
 
 def _price(leaders: Sequence[Row], learners: Sequence[Row]) -> Iterator[str]:
@@ -1192,7 +1193,10 @@ def _asides(rows: Sequence[Row]) -> dict[str, Any] | None:
     """What the stream's other questions were worth, before training and at its end: means over the finished runs."""
     from cl_lab.metrics import interval
 
-    asked = [(row, [run["asides"] for run in row.done if len(run.get("asides") or []) == 2]) for row in rows]
+    asked = [
+        (row, [[a["scores"] for a in run["asides"]] for run in row.done if len(run.get("asides") or []) == 2])
+        for row in rows
+    ]
     names = list(dict.fromkeys(name for _, runs in asked for run in runs for name in run[0]))
 
     def worth(row: Row, runs: Sequence[Any], name: str) -> str:

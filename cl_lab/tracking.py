@@ -174,13 +174,13 @@ class Tracker:
         self.log_metrics({f"{key}/exp_{j}": value for j, value in enumerate(row)}, step=experience)
         self.flush()
 
-    def log_drift(self, results: Mapping[str, Any], step: int) -> None:
-        """Log what the drift probes found after ``step`` experiences: ``drift/perplexity``, ``drift/general`` and so on."""
-        self.log_metrics(drift_numbers(results), step=step)
+    def log_drift(self, results: Mapping[str, Any]) -> None:
+        """Log what the drift probes found, at the number of experiences learnt: ``drift/perplexity``, ``drift/general`` …"""
+        self.log_metrics(drift_numbers(results), step=results["learnt"])
 
-    def log_asides(self, scores: Mapping[str, float], step: int) -> None:
-        """Log what the stream's asides were worth after ``step`` experiences: ``aside/<name>``."""
-        self.log_metrics(aside_numbers(scores), step=step)
+    def log_asides(self, found: Mapping[str, Any]) -> None:
+        """Log what the stream's asides were worth, at the number of experiences learnt: ``aside/<name>``."""
+        self.log_metrics(aside_numbers(found), step=found["learnt"])
 
     def flush(self) -> None:
         """Send what is waiting."""
@@ -497,9 +497,9 @@ def drift_numbers(results: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def aside_numbers(scores: Mapping[str, float]) -> dict[str, float]:
+def aside_numbers(found: Mapping[str, Any]) -> dict[str, float]:
     """What a stream's asides were worth, as MLflow's numbers."""
-    return {f"aside/{name}": value for name, value in scores.items()}
+    return {f"aside/{name}": value for name, value in found["scores"].items()}
 
 
 # -- what a folder says, as MLflow's points and tags -----------------------------------------------------------------
@@ -524,12 +524,10 @@ def _points_of_run(run: Mapping[str, Any]) -> Iterator[tuple[str, float, int, in
         rows += [(f"{key}/exp_{j}", v, i) for j, v in enumerate(row)]
     for i, measures in enumerate(run.get("measures") or []):
         rows += [(name, v, i) for name, v in measures.items()]
-    learnt = len(run.get("matrix") or [])
-    drift = run.get("drift") or []  # the first is that before training
-    for i, found in zip((0, learnt) if len(drift) == 2 else range(len(drift)), drift, strict=True):
-        rows += [(name, v, i) for name, v in drift_numbers(found).items()]
-    for i, scores in zip((0, learnt), run.get("asides") or [], strict=False):
-        rows += [(name, v, i) for name, v in aside_numbers(scores).items()]
+    for i, drift in enumerate(run.get("drift") or []):  # older runs do not say when: the first is that before training
+        rows += [(name, v, drift.get("learnt", i)) for name, v in drift_numbers(drift).items()]
+    for asides in run.get("asides") or []:
+        rows += [(name, v, asides["learnt"]) for name, v in aside_numbers(asides).items()]
     for point in run.get("losses") or []:
         rows.append(("loss", point.get("loss"), point.get("step", 0)))
     for point in run.get("anytime") or []:

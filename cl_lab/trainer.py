@@ -80,9 +80,9 @@ class Record:
     measures: list[dict[str, float]] = field(default_factory=list)
     """Numbers of the strategy's own after each experience, by ``strategy/name``; with those of its other answers."""
     drift: list[dict[str, Any]] = field(default_factory=list)
-    """What :meth:`cl_lab.drift.Probes.results` says before training, and after each experience or the last alone."""
-    asides: list[dict[str, float]] = field(default_factory=list)
-    """Before training and after the last experience, the score on each of the stream's asides; empty without any."""
+    """What :meth:`cl_lab.drift.Probes.results` says, and after how many experiences ``learnt``: 0, then each or all."""
+    asides: list[dict[str, Any]] = field(default_factory=list)
+    """Of a stream's asides, after how many experiences ``learnt``, 0 and all, and the ``scores`` by their names."""
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     samples: int = 0
@@ -91,20 +91,21 @@ class Record:
     own_memory_bytes: int | None = None
     """Peak above what was held just before the first step; ``None`` where the system does not let it be measured."""
     strategy_state_bytes: int = 0
-    trainable_parameters: int = 0
+    trainable_parameters: int | None = None
+    """``None`` where nothing is trained by steps (:attr:`cl_lab.protocols.Strategy.trained_by_steps`)."""
 
     def cost(self) -> dict[str, float]:
-        """What the run cost, in seconds, samples per second, bytes and scalars."""
-        own = {} if self.own_memory_bytes is None else {"own_memory_bytes": self.own_memory_bytes}
-        return {
+        """What the run cost, in seconds, samples per second, bytes and scalars; without what is not known."""
+        whole: dict[str, float | None] = {
             "train_seconds": self.train_seconds,
             "eval_seconds": self.eval_seconds,
             "samples_per_second": self.samples / self.train_seconds if self.train_seconds else 0.0,
             "peak_memory_bytes": self.peak_memory_bytes,
-            **own,
+            "own_memory_bytes": self.own_memory_bytes,
             "strategy_state_bytes": self.strategy_state_bytes,
             "trainable_parameters": self.trainable_parameters,
         }
+        return {name: value for name, value in whole.items() if value is not None}
 
 
 @dataclass
@@ -198,7 +199,7 @@ class Trainer:
                 self._probe()
             if last:
                 self._ask_aside()
-            if self.record.steps:  # or nothing was trained: of an editor, say
+            if self.strategy.trained_by_steps:
                 self.record.trainable_parameters = self.learner.trainable_parameters
             self.record.measures.append(self.strategy.measures() | self._other_scores(experience.index + 1))
             self.record.strategy_state_bytes = state_bytes(self.strategy.state_dict())
@@ -464,14 +465,14 @@ class Trainer:
         return found
 
     def _probe(self) -> None:
-        """Measure drift where it is asked for; of the model as it answers, in evaluation mode, nothing drawn."""
+        """Measure drift, where it is asked for; of the model as it answers, in evaluation mode, nothing drawn."""
         if self._probes is None:
             return
         with self._timed("eval_seconds"):
             data, size = self._encode(self._probes.data), self.config.evaluation.batch_size
             data = self._probes.of_newest(data, len(self.record.matrix))
             found = self.learner.log_likelihoods(data, self._probes.said, size, self._predict)
-            self.record.drift.append(self._probes.results(found))
+            self.record.drift.append({"learnt": len(self.record.matrix), **self._probes.results(found)})
 
     def _ask_aside(self) -> None:
         """Score the stream's asides, where it has any."""
@@ -482,7 +483,7 @@ class Trainer:
             for name, aside in self.stream.asides.items():
                 data, size = self._encode(aside.questions), self.config.evaluation.batch_size
                 found[name] = self.learner.score(data, size, self._predict, aside.stream).value
-            self.record.asides.append(found)
+            self.record.asides.append({"learnt": len(self.record.matrix), "scores": found})
 
     def _encode(self, data: TensorData) -> TensorData:
         """A test set as the strategy wants it: encoded once for each encoding."""

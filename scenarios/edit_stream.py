@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ _ASKED = {"prompts": "reliability", "paraphrases": "generality", "unrelated": "u
 _TOLD = ("reliability", "generality")
 """Groups that ask for what was edited, whose answers' end is learnt with them."""
 
-_ROOM = 32
-"""Columns for prompts, and for answers, at least: ``evaluation.drift`` reads longer texts. Unused ones cost nothing."""
+_LONG = 512
+"""Tokens of a prompt beside the stream, at most, where its own are shorter: every row has the columns of the longest."""
 
 
 @dataclass
@@ -47,12 +47,13 @@ class EditStream(Scenario):
     (``Experience.edits``). It is tested on the same prompts, so R[t, j] says how well, after t experiences, the edits of
     experience j hold: its diagonal is reliability when an edit is made, its last row retention by age. With
     ``asked=paraphrases`` the test asks in other words, and R is generality; with ``unrelated`` it asks what no edit is
-    about, and R[t, j] is the share of these answers that are right: the row before training says how many were.
+    about, and R[t, j] is the share of these answers that are right: the row before training says how many were
+    (``scoring=opening`` for these: a model that was not told to ends no answer).
 
-    Whatever else can be asked about the edits (:data:`cl_lab.facts.GROUPS`, questions whose answer is known) is an aside of
-    the stream, scored before training and after the last experience: an editor that holds its facts and moves all others
-    is seen to. The edits themselves, also in other words, are scored there as ``scoring`` says, all others as ``opening``
-    does, since a model that was not told to ends no answer.
+    Whatever else can be asked about the edits (:data:`cl_lab.facts.GROUPS`, questions whose answer is known; of several
+    answers the first) is an aside of the stream, scored before training and after the last experience: an editor that holds
+    its facts and moves all others is seen to. The edits themselves, also in other words, are scored there as ``scoring``
+    says, all others as ``opening`` does (``same_subject_opening``).
 
     A sample is int32 ``[P + A]``, as editors read one: the prompt's tokens, then those of a blank, the answer and its end.
     ``scoring=generation`` wants the whole answer written, its end included.
@@ -78,6 +79,9 @@ class EditStream(Scenario):
     )
     chat: bool = knob(False, "ask as a user's turn of the tokenizer's chat template")
     asides: bool = knob(True, "also ask the edits' other questions, before training and after the last experience")
+    room: int = knob(
+        1, "columns for prompts, at least, and half as many for answers: evaluation.drift reads longer texts", ge=1
+    )
     layout: str = knob("auto", "how the file is laid out; auto: by the keys of its first record")
     skip_bad: bool = knob(False, "leave bad records out instead of refusing the file")
     data_dir: str | None = knob(
@@ -122,7 +126,9 @@ class EditStream(Scenario):
         edits, size = self.edits(seed), self.per_experience
         parts = [edits[first : first + size] for first in range(0, len(edits), size)]
         trained = [[_Row(e.prompt, e.answer) for e in some] for some in parts]
-        tested = {group: [[row for e in some for row in _questions(e, group)] for some in parts] for group in GROUPS}
+        tested: dict[str, _Rows] = {
+            group: [[row for e in some for row in _questions(e, group)] for some in parts] for group in GROUPS
+        }
         main = _ASKED[self.asked]
         if not all(tested[main]):
             empty = next(i for i, rows in enumerate(tested[main]) if not rows)
@@ -130,11 +136,9 @@ class EditStream(Scenario):
                 f"edit-stream: no edit of experience {empty} has {self.asked} with an answer; take asked=prompts, or raise "
                 "per_experience"
             )
-        if not self.asides:
-            tested = {main: tested[main]}
-        table = _Table(
-            tokenizer, self.chat, [row for own in (trained, *tested.values()) for rows in own for row in rows]
-        )
+        tested = {main: tested[main]} | (self._beside(tokenizer, trained, tested) if self.asides else {})
+        every = [row for own in (trained, *tested.values()) for rows in own for row in rows]
+        table = _Table(tokenizer, self.chat, every, self.room)
 
         def experiences(group: str) -> tuple[Experience, ...]:
             return tuple(
@@ -161,15 +165,30 @@ class EditStream(Scenario):
             vocabulary=tokenizer.size,
             tokenizer=tokenizer,
         )
-        others = [group for group, own in tested.items() if group != main and any(own)]
         asides = {}
-        for group in others:
-            scoring = self.scoring if group in _TOLD else "opening"
-            asked = [table.samples(rows, i) for i, rows in enumerate(tested[group]) if rows]
-            asides[group] = Aside(
-                replace(stream, experiences=experiences(group), scoring=scoring), TensorData.concat(asked)
+        for group in (group for group, own in tested.items() if group != main and any(own)):
+            asked = [(rows, i) for i, rows in enumerate(tested[group]) if rows]
+            told = group in _TOLD
+            asides[group if told else f"{group}_opening"] = Aside(
+                replace(stream, experiences=experiences(group), scoring=self.scoring if told else "opening"),
+                partial(table.all_samples, asked),
             )
         return replace(stream, asides=asides)
+
+    def _beside(self, tokenizer: Tokenizer, trained: _Rows, tested: Mapping[str, _Rows]) -> dict[str, _Rows]:
+        """What can be asked beside the stream: all but what would make its rows far longer."""
+        own = [row.prompt for rows in (*trained, *tested[_ASKED[self.asked]]) for row in rows]
+        longest = max(_LONG, *map(len, _prompts(tokenizer, self.chat, own)))
+        prompts = {row.prompt for groups in tested.values() for rows in groups for row in rows}
+        sizes = {p: len(t) for p, t in zip(prompts, _prompts(tokenizer, self.chat, prompts), strict=True)}
+        if long := sum(size > longest for size in sizes.values()):
+            log.warning(
+                "edit-stream: %d of %d prompts are longer than %d tokens and not asked", long, len(sizes), longest
+            )
+        return {
+            group: [[row for row in rows if sizes[row.prompt] <= longest] for rows in groups]
+            for group, groups in tested.items()
+        }
 
     def _file(self) -> Path:
         if self.facts is None:
@@ -198,25 +217,37 @@ class _Row(NamedTuple):
     answer: str
 
 
+_Rows: TypeAlias = Sequence[Sequence[_Row]]
+"""Rows by experience."""
+
+
+def _prompts(tokenizer: Tokenizer, chat: bool, asked: Iterable[str]) -> list[list[int]]:
+    return tokenizer.encode_all([tokenizer.chat(p) if chat else p for p in asked])
+
+
 class _Table:
     """Rows in tokens, as :class:`~cl_lab.editable.EditableModel` reads them, and the answers by number."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: bool, rows: Sequence[_Row]) -> None:
+    def __init__(self, tokenizer: Tokenizer, chat: bool, rows: Sequence[_Row], room: int = 1) -> None:
         asked, said = dict.fromkeys(r.prompt for r in rows), dict.fromkeys(r.answer for r in rows)
-        prompts = tokenizer.encode_all([tokenizer.chat(p) if chat else p for p in asked])
+        prompts = _prompts(tokenizer, chat, asked)
         answers = tokens_behind(tokenizer, "" if chat else " ", [a.strip() for a in said])
         self._prompts = dict(zip(asked, prompts, strict=True))
         ended = [(*tokens, tokenizer.end) for tokens in answers]
         number = {tokens: i for i, tokens in enumerate(dict.fromkeys(ended))}
         self._numbers = {a: number[tokens] for a, tokens in zip(said, ended, strict=True)}
-        self.prompt = max(_ROOM, *map(len, prompts))
-        self.answers = torch.full((len(number), max(_ROOM, *map(len, number))), PAD)
+        self.prompt = max(room, *map(len, prompts))
+        self.answers = torch.full((len(number), max(room // 2, *map(len, number))), PAD)
         for tokens, i in number.items():
             self.answers[i, : len(tokens)] = torch.tensor(tokens)
 
     def numbers(self, rows: Sequence[_Row]) -> Tensor:
         """The answers' rows of the table, int64, each once."""
         return torch.tensor(sorted({self._numbers[row.answer] for row in rows}))
+
+    def all_samples(self, asked: Sequence[tuple[Sequence[_Row], int]]) -> TensorData:
+        """The tensors of rows of several experiences."""
+        return TensorData.concat([self.samples(rows, task) for rows, task in asked])
 
     def samples(self, rows: Sequence[_Row], task: int) -> TensorData:
         """The tensors of some rows."""

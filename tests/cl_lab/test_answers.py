@@ -219,6 +219,40 @@ def test_an_opening_is_right_where_the_likeliest_token_begins_the_right_answer(s
     assert replace(on, scoring="generation").reads_on
 
 
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [([10, 9], [True, False]), ([10, 8], [False, False]), ([11, 9], [False, True]), ([9, 9], [False, False])],
+)
+def test_of_an_opening_that_is_but_a_blank_the_next_token_counts_too(
+    latent: bool, said: list[int], right: list[bool]
+) -> None:
+    """Token 10 is a blank: the answer that begins with it is right where what stands behind it is likeliest, too."""
+
+    class Blank:
+        size, end = VOCABULARY, 1
+
+        def decode(self, tokens: list[int]) -> str:
+            return "".join(" " if token == 10 else "x" for token in tokens)
+
+    on = replace(toys.stream(form="texts", scoring="opening"), tokenizer=Blank())
+    assert on.answers is not None
+    first, second = on.experiences[0].classes[:2]
+    assert on.answers[first, :2].tolist() == [10, 9]
+    assert int(on.answers[second, 0]) == 11
+    assert on.openings[[first, second]].tolist() == [2, 1]
+    batch = asked(on, 2)
+    batch.y = torch.tensor([first, second])
+    say = saying(said)
+    if latent:  # which hold the right answer, so that the place behind its first token is there anyway
+        batch.x = torch.cat([batch.x[:, : toys.PROMPT], on.answers[batch.y].int()], 1)
+        tokens, batch.x = batch.x, torch.zeros(2, 3)
+        told = say(replace(batch, x=tokens))
+        assert torch.equal(find_answers(batch, lambda _: told, on) == batch.y, torch.tensor(right))
+    else:
+        assert (find_answers(batch, say, on) == batch.y).tolist() == right
+
+
 def test_writing_stops_at_a_length() -> None:
     """A stream may hold whole texts beside short answers: nobody waits for a model that writes on and on.
 

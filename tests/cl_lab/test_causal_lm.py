@@ -365,7 +365,8 @@ def test_cut_in_two_it_is_the_same_function(stream: Stream, stage: str) -> None:
 
 def test_a_stream_put_through_the_frozen_layers_is_learnt_alike() -> None:
     stream = toys.stream(form="texts", scoring="first-token")
-    stream = replace(stream, asides={"again": Aside(stream, stream.experiences[0].test)})
+    aside = Aside(stream, lambda: stream.experiences[0].test)
+    stream = replace(stream, asides={"again": aside})
     whole, cut = build(stream), build(stream, frozen="model.layers.0")
     data = stream.experiences[0].test
     expected = whole(data.x, data.t)

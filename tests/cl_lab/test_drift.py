@@ -20,6 +20,7 @@ from cl_lab.probe_texts import PARAGRAPHS, QUESTIONS
 from cl_lab.records import PAD, Batch, Stream
 from cl_lab.tracking import drift_numbers
 from scenarios.biography import Biography
+from scenarios.edit_stream import EditStream
 from scenarios.text_stream import TextStream
 
 BYTES = hub.load_tokenizer("bytes")
@@ -123,6 +124,16 @@ def test_right_is_what_is_likelier_than_every_other() -> None:
         "drift/general_a": 0.5,
         "drift/general_b": 1.0,
     }
+
+
+def test_what_is_edited_is_no_general_knowledge(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "cl_lab")
+    stream = EditStream(tokenizer="bytes", experiences=6, per_experience=10).stream(0)
+    subjects = {edit.subject.removeprefix("the ") for e in stream.experiences for edit in e.edits if edit.subject}
+    left = [q for own in QUESTIONS.values() for q, _ in own if not any(name in q for name in subjects)]
+    assert 30 < len(left) < 40
+    assert len(make_probes(stream).questions) == len(left)
+    assert f"{40 - len(left)} of 40 questions name what is edited" in caplog.text
 
 
 @pytest.mark.parametrize("links", [[{"name": "naive"}], [{"name": "ilora", "memory": 20}]])
@@ -271,9 +282,7 @@ def refused(kind: type[UserError], stream: Stream, text: str | None, *parts: str
 
 
 def test_what_cannot_be_probed_is_told_on_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused(
-        ConfigError, toys.stream(), None, "evaluation.drift = true: ", "stream 'toy' is a classification; leave it out"
-    )
+    refused(ConfigError, toys.stream(), None, "evaluation.drift: ", "stream 'toy' is a classification; leave it out")
     refused(ConfigError, toys.stream(form="texts"), None, "stream 'toy' has no tokenizer")
     people = Biography(**(Biography.conformance_knobs() or {})).stream(0)
     refused(ConfigError, people, None, "has no tokens for the probes (tokenizer 'words': ", "take a model's tokenizer")

@@ -27,7 +27,7 @@ from cl_lab.experiment import run
 from cl_lab.files import write_atomically
 from cl_lab.models import Classifier
 from cl_lab.patches import ReleasedMemory, Routed
-from cl_lab.records import PAD, Batch, Stream
+from cl_lab.records import PAD, Aside, Batch, Stream
 from strategies.ft_m import FTM
 
 NAMES = toys.editor_names()
@@ -151,8 +151,7 @@ def test_an_answer_that_stands_there_decides_nothing(name: str, facts: Path) -> 
     prompt, answer = (size for (size,) in stream.layout.values())
     routes = []
     for tokens in ([PAD] * answer, [32, 66, 256][:answer], [90, 90, 90][:answer]):
-        batch.x[:, prompt:] = PAD
-        batch.x[:, prompt : prompt + len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+        batch.x[:, prompt:] = torch.tensor(tokens, dtype=torch.int32)
         said(strategy, learner, batch)
         hooks: list[Routed] = list(strategy._model(learner).editable.side.values())
         routes.append([None if h.route is None else h.route.tolist() for h in hooks])
@@ -461,10 +460,10 @@ def test_a_comparison_ranks_editors_and_strategies(comparison: RunConfig, tmp_pa
     for name in ("ft-m", "grace", "naive"):  # a random model takes these well
         matrix, asides = made[name]
         assert matrix[0][0] == matrix[1][1] == 1
-        assert [set(worth) for worth in asides] == [{"generality", "unrelated"}] * 2
+        assert [set(found["scores"]) for found in asides] == [{"generality", "unrelated_opening"}] * 2
     report = next(out.glob("report*.md")).read_text()
     assert all(name in report for name in made)
-    assert "| Strategy | generality | unrelated |" in report
+    assert "| Strategy | generality | unrelated opening |" in report
 
     again = compare(comparison, tmp_path / "again")
     assert matrices(again) == made, "the same configuration and seed give the same matrix"
@@ -484,7 +483,7 @@ def test_a_comparison_ranks_editors_and_strategies(comparison: RunConfig, tmp_pa
 
 
 def test_asides_say_what_else_moved(facts: Path) -> None:
-    """Against each question asked by itself: written whole in other words, the first token of what should have stayed."""
+    """Against each question asked by itself: written whole in other words, the opening of what should have stayed."""
     stream = stream_of(facts)
     made = toys.trainer(
         [{"name": "ft-m", **knobs_of("ft-m")}],
@@ -493,24 +492,40 @@ def test_asides_say_what_else_moved(facts: Path) -> None:
         training={"batch_size": 2},
     )
     record = made.run()
-    assert record.trainable_parameters == 0, "no step was taken"
+    assert "trainable_parameters" not in record.cost(), "the trainer took no step"
     before, after = record.asides
-    assert set(before) == set(after) == {"generality", "unrelated"}
+    assert [before["learnt"], after["learnt"]] == [0, 2]
+    assert set(before["scores"]) == set(after["scores"]) == {"generality", "unrelated_opening"}
     chain = made.strategy
-    for aside, found in ((stream.asides[name], after[name]) for name in after):
+
+    def right(aside: Aside, stream: Stream) -> list[bool]:
         data = aside.questions
         batch = Batch(data.x, data.y, data.t, 0)
         with torch.no_grad():
-            right = find_answers(batch, lambda b: chain.predict(b, made.learner), aside.stream) == data.y
-        assert found == float(right.double().mean())
-    eats = stream.asides["unrelated"]
+            found = find_answers(batch, lambda b: chain.predict(b, made.learner), stream)
+        return (found == data.y).tolist()
+
+    for name, aside in stream.asides.items():
+        own = right(aside, aside.stream)
+        assert after["scores"][name] == sum(own) / len(own)
+
+    eats = stream.asides["unrelated_opening"]
     assert stream.answers is not None
-    for token in range(256):  # of all that could be the answer's first token, the likeliest is right
-        table = stream.answers.clone()
-        table[eats.questions.y, 0] = token
-        other = replace(eats.stream, answers=table)
-        batch = Batch(eats.questions.x, eats.questions.y, eats.questions.t, 0)
+    prompt = stream.layout["prompt"][0]
+    for blank in (False, True):  # of all that may begin the answer, the likeliest is right, also behind a blank
+        data = eats.questions
+        x = data.x.clone()
+        x[:, prompt:] = PAD
+        if blank:
+            x[:, prompt] = 32
         with torch.no_grad():
-            said = chain.predict(batch, made.learner)[:, 0].argmax(1)
-            right = find_answers(batch, lambda b: chain.predict(b, made.learner), other) == eats.questions.y
-        assert right.tolist() == [token == int(said)]
+            said = chain.predict(Batch(x, data.y, data.t, 0), made.learner)[0].argmax(1).tolist()
+        for token in range(33, 256):
+            table = torch.full_like(stream.answers, PAD)
+            tokens = [*[32] * blank, token, *b"x"[: table.shape[1] - 2 - blank], 256]
+            table[:, : len(tokens)] = torch.tensor(tokens)
+            other = replace(eats.stream, answers=table)
+            assert other.openings.tolist() == [1 + blank] * len(table) or token > 127, "half a character says nothing"
+            if token <= 127:
+                wanted = said[blank] == token and (not blank or said[0] == 32)
+                assert right(eats, other) == [wanted]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from cl_lab.errors import DataError
 from cl_lab.protocols import state_bytes, tensors_of
-from cl_lab.records import Aside, Batch, Experience, Stream, TensorData
+from cl_lab.records import PAD, Aside, Batch, Experience, Stream, TensorData
 
 
 def data(n: int = 6, first: int = 0) -> TensorData:
@@ -145,14 +146,40 @@ def test_fingerprint_names_what_is_measured() -> None:
 def test_asides_are_of_the_stream_they_stand_beside() -> None:
     e = Experience(0, "e", (0, 1), data, data)
     stream = Stream("s", (e,), (4,), 2)
-    beside = dataclasses.replace(stream, asides={"more": Aside(stream, data(5))})
-    assert beside.fingerprint() != stream.fingerprint()
-    assert beside.fingerprint() != dataclasses.replace(stream, asides={"more": Aside(stream, data(4))}).fingerprint()
-    wide, late = TensorData(torch.zeros(2, 5), torch.zeros(2).long(), torch.zeros(2).long()), data(5)
-    late = TensorData(late.x, late.y, torch.ones_like(late.t))
-    for questions, told in ((wide, r"samples \[5\] of experiences up to 0"), (late, r"samples \[4\] .* up to 1")):
-        with pytest.raises(DataError, match=rf"its aside 'more' asks {told}, scored by accuracy; make them alike"):
-            dataclasses.replace(stream, asides={"more": Aside(stream, questions)})
+
+    def beside(questions: TensorData) -> Stream:
+        return dataclasses.replace(stream, asides={"more": Aside(stream, lambda: questions)})
+
+    assert beside(data(5)).fingerprint() != stream.fingerprint()
+    assert beside(data(5)).fingerprint() != beside(data(4)).fingerprint()
+    wide = TensorData(torch.zeros(2, 5), torch.zeros(2).long(), torch.zeros(2).long())
+    late = TensorData(data().x, data().y, torch.ones_like(data().t))
+    none = data().take(torch.arange(0))
+    for questions, told in (
+        (wide, r"2 samples \[5\] of experiences \[0\]"),
+        (late, r"\[4\] of experiences \[1\]"),
+        (none, "0 samples"),
+    ):
+        with pytest.raises(DataError, match=rf"stream 's' has 1 experiences .* but an aside asks .*{told}"):
+            _ = beside(questions).asides["more"].questions
+
+
+def test_an_opening_is_what_says_something() -> None:
+    class Spaced:
+        """Tokens 0 and 1 are blanks, the others letters."""
+
+        size = 9
+        end = 8
+
+        def decode(self, tokens: list[int]) -> str:
+            return "".join("  abcdef "[t] for t in tokens)
+
+    table = torch.tensor([[2, 3, 8, PAD], [0, 2, 8, PAD], [0, 1, 3, 8], [0, 8, PAD, PAD]])
+    e = Experience(0, "e", range(4), data, data)
+    sections: dict[str, Any] = {"layout": {"prompt": (2,), "answer": (4,)}, "answers": table, "scoring": "opening"}
+    stream = Stream("s", (e,), (6,), 4, objective="language", tokenizer=Spaced(), **sections)
+    assert stream.openings.tolist() == [1, 2, 3, 1]
+    assert dataclasses.replace(stream, tokenizer=None).openings.tolist() == [1] * 4
 
 
 def test_state_bytes() -> None:

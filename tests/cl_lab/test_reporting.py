@@ -753,15 +753,24 @@ def test_words() -> None:
 def test_what_else_was_asked_is_told(tmp_path: Path) -> None:
     """Means over seeds, before and after, with the interval of what was left; a run without asides has no row."""
     runs = [
-        made_up_run("wise", s, asides=[{"generality": 0.0, "same_subject": 0.8}, {"generality": 0.5 + 0.1 * s}])
+        made_up_run(
+            "wise",
+            s,
+            asides=[
+                {"learnt": 0, "scores": {"generality": 0.0, "same_subject_opening": 0.8}},
+                {"learnt": 3, "scores": {"generality": 0.5 + 0.1 * s}},
+            ],
+        )
         for s in (0, 1)
     ]
     page, twin = write_report(made_up_comparison(runs, [made_up_run("naive", 0)]), tmp_path)
     told = twin.read_text("utf-8")
-    assert "| Strategy | generality | same subject |" in told
+    assert "| Strategy | generality | same subject opening |" in told
     half = 12.706204736432095 * 0.1 / 2  # Student's t of one degree of freedom, times std/√2
     assert f"| wise | 0.0 → 55.0 ± {100 * half:.1f} | 80.0 → – |" in told
-    assert f"Asked otherwise, before → after: wise: generality 0.0 → 55.0 ± {100 * half:.1f}, same subject" in told
+    assert (
+        f"Also asked, in per cent, before → after: wise: generality 0.0 → 55.0 ± {100 * half:.1f}, same subject" in told
+    )
     assert "What else was asked" in Page(page.read_text("utf-8")).text
     alone = write_report(made_up_comparison([made_up_run("naive", 0)]), tmp_path / "alone")[1].read_text("utf-8")
     assert "What else was asked" not in alone

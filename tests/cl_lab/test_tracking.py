@@ -68,7 +68,9 @@ def save_run(
         "reference": False,
         "initial": [0.1] * T,
         "matrix": [[0.9, 0.0, 0.0], [0.5, 0.9, 0.0], [0.3, 0.6, 0.9]][: T if status == "finished" else 1],
-        "asides": [{"generality": 0.1}, {"generality": 0.7}][: 2 if status == "finished" else 1],
+        "asides": [{"learnt": 0, "scores": {"generality": 0.1}}, {"learnt": T, "scores": {"generality": 0.7}}][
+            : 2 if status == "finished" else 1
+        ],
         "metrics": {"average_accuracy": 0.6, "fwt": None},
         "cost": {"train_seconds": 1.5, "strategy_state_bytes": 4096},
         "run_id": "local",
@@ -122,7 +124,7 @@ def test_a_run_is_all_there(store: str, tmp_path: Path) -> None:
     assert client(store).get_run(run_id).info.status == "RUNNING"
     for step in range(600):
         tracker.log_metrics({"loss": 2.0 - step / 1000}, step)
-    tracker.log_asides({"generality": 0.1}, 0)
+    tracker.log_asides({"learnt": 0, "scores": {"generality": 0.1}})
     tracker.log_row(0, [0.9, 0.0, None])
     tracker.log_row(1, [0.5, 0.9, 0.0])
     save_run(tmp_path)

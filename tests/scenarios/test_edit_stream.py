@@ -51,12 +51,18 @@ def test_our_own_facts_are_whole_and_do_not_conflict() -> None:
         assert len(edit.paraphrases) == len(edit.unrelated) == len(edit.same_relation) == len(edit.same_subject) == 1
         assert edit.subject in edit.paraphrases[0]
         assert edit.unrelated[0].answer
-        assert edit.subject not in edit.same_relation[0].prompt
         assert edit.subject.removeprefix("the ") in edit.same_subject[0].prompt
+        others = [other.subject for other in edits if other.subject and other.subject in edit.same_relation[0].prompt]
+        assert not others, "of a country that nothing is changed about"
     edited = {edit.prompt for edit in edits}
     asked = [probe for edit in edits for probe in (*edit.unrelated, *edit.same_relation, *edit.same_subject)]
     assert not edited & {probe.prompt for probe in asked}, "they must not change"
+    assert not {edit.answer for edit in edits} & {probe.answer for probe in asked}, (
+        "nor is one right that was put there"
+    )
     assert all(probe.answer for probe in asked)
+    for group in ("same_relation", "same_subject"):
+        assert len({getattr(edit, group)[0].prompt for edit in edits}) == len(edits)
     assert {edit.relation for edit in edits} == {"capital", "language", "largest city"}
 
 
@@ -116,10 +122,10 @@ def test_what_else_can_be_asked_is_an_aside(tmp_path: Path) -> None:
     told = {name: texts(stream, aside.questions) for name, aside in stream.asides.items()}
     assert told == {
         "generality": [("Who is one?", " 1"), ("One?", " 1")],
-        "reverse": [("1 is", " One")],
-        "one_hop": [("Next to one", " 2")],
-        "unrelated": [("A long way round to where it is said to be, they say,", " north")],
-        "same_relation": [("Two is", " 2")],
+        "reverse_opening": [("1 is", " One")],
+        "one_hop_opening": [("Next to one", " 2")],
+        "unrelated_opening": [("A long way round to where it is said to be, they say,", " north")],
+        "same_relation_opening": [("Two is", " 2")],
     }, "with a known answer; nothing of the subject's own is asked"
     scoring = {name: aside.stream.scoring for name, aside in stream.asides.items()}
     assert scoring == dict.fromkeys(told, "opening") | {"generality": "constrained"}
@@ -134,7 +140,23 @@ def test_what_else_can_be_asked_is_an_aside(tmp_path: Path) -> None:
     assert not bare.asides
     assert bare.fingerprint() != stream.fingerprint()
     others = made(facts=facts, experiences=1, per_experience=2, asked="paraphrases").stream(0).asides
-    assert list(others) == ["reliability", "reverse", "one_hop", "unrelated", "same_relation"]
+    assert list(others) == [
+        "reliability",
+        *(f"{g}_opening" for g in ("reverse", "one_hop", "unrelated", "same_relation")),
+    ]
+
+
+def test_what_would_widen_every_row_is_not_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    long = [{"prompt": "So it is said " * 40, "answer": "yes"}, {"prompt": "Is it?", "answer": "yes"}]
+    facts = written(tmp_path, {"prompt": "One is", "answer": "1", "unrelated": long})
+    knobs: dict[str, Any] = {"facts": facts, "experiences": 1, "per_experience": 1}
+    stream = made(**knobs).stream(0)
+    assert texts(stream, stream.asides["unrelated_opening"].questions) == [("Is it?", " yes")]
+    assert stream.layout == {"prompt": (6,), "answer": (5,)}
+    assert "1 of 3 prompts are longer than 512 tokens and not asked" in caplog.text
+    wide = made(room=20, **knobs).stream(0)
+    assert wide.layout == {"prompt": (20,), "answer": (10,)}
+    assert texts(wide, wide.experiences[0].test) == texts(stream, stream.experiences[0].test)
 
 
 def test_facts_are_found_in_a_data_folder(tmp_path: Path) -> None:
@@ -193,5 +215,4 @@ def test_answers_are_tokenised_as_they_stand_behind_prompts() -> None:
             return [ord("_"), *super().encode(text)]
 
     table = edit_stream._Table(Marked(), False, [edit_stream._Row("It is", "Lyon"), edit_stream._Row("Is it", "no")])
-    assert table.answers[:, :6].tolist() == [[*b" Lyon", 256], [*b" no", 256, PAD, PAD]]
-    assert (table.answers[:, 6:] == PAD).all()
+    assert table.answers.tolist() == [[*b" Lyon", 256], [*b" no", 256, PAD, PAD]]
