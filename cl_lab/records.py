@@ -267,7 +267,8 @@ class Stream:
     Where ``measures`` says, by experience, how written answers are compared (empty: all exactly), ``references`` has the
     right text for each row of ``answers``, whole where the row was cut; it needs the ``tokenizer``.
 
-    ``asides`` are other questions, by what they ask, which are scored before training and after the last experience.
+    ``asides`` are other questions, by what they ask, which are scored before training and after the last experience. Their
+    answers are rows of ``answers``, too, and classes of their own streams' experiences.
     """
 
     name: str

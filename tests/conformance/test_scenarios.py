@@ -113,7 +113,13 @@ def test_samples_are_as_the_stream_says(name: str) -> None:
         else:
             assert tuple(e.train.y.unique().tolist()) == e.classes, "the classes listed are the labels present"
         assert set(e.test.y.unique().tolist()) <= set(e.classes)
-    assert {c for e in made.experiences for c in e.classes} == set(range(made.n_classes)), "no output without samples"
+    for aside in made.asides.values():
+        data = aside.questions
+        assert data.x.dtype in shapes
+        for y, t in zip(data.y.tolist(), data.t.tolist(), strict=True):
+            assert y in aside.stream.experiences[t].classes
+    every = [e for on in (made, *(aside.stream for aside in made.asides.values())) for e in on.experiences]
+    assert {c for e in every for c in e.classes} == set(range(made.n_classes)), "no output without samples"
 
 
 def assert_answers_stand_behind_prompts(made: Stream, e: Experience) -> None:
