@@ -28,13 +28,13 @@ def after(rows: Sequence[Mapping[str, Any]], edits: int) -> list[tuple[str, Mapp
     found = [
         (row, part) for row in rows for part in (row, *row.get("at", ())) if part["edits"] == edits and "after" in part
     ]
-    known = {label(row) for row, _ in found if not row.get("older")}
+    known = {(row["editor"]["name"], row["batch_size"]) for row, _ in found if not row.get("older")}
     told: dict[str, Mapping[str, Any]] = {}
     for row, part in found:
         name = label(row)
         if not row.get("older"):
-            told[name] = part  # a run's own end and the last of what it was scored at are the same
-        elif name not in known:
+            told.setdefault(name, part)  # a run's own end and the last of what it was scored at are the same
+        elif (row["editor"]["name"], row["batch_size"]) not in known:
             told[f"{name}, an earlier version"] = part
     return sorted(told.items(), key=lambda one: -float(one[1]["after"]["reliability"]))
 
