@@ -351,10 +351,9 @@ class _Run:
             self.observer.scored(record)
         if self.tracker is not None:
             rows = len(record.matrix)
-            at_ends = rows in (0, len(self.document["experiences"]))
-            if record.drift and (at_ends or self.config.evaluation.drift != "ends"):
+            if record.drift and record.drift[-1].get("learnt") == rows:  # else it was logged when it was new
                 self.tracker.log_drift(record.drift[-1])
-            if record.asides and at_ends:
+            if record.asides and record.asides[-1]["learnt"] == rows:
                 self.tracker.log_asides(record.asides[-1])
             if rows:
                 self.tracker.log_row(rows - 1, record.matrix[-1], self.document["score"])

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_lab.answers import Grades, grade_answers
+from cl_lab.answers import Grades, Say, grade_answers
 from cl_lab.compat import compile_nothing_for_deepspeed
 from cl_lab.config import EngineConfig, TrainingConfig
 from cl_lab.errors import ConfigError, DataError, TrainingError
@@ -476,11 +476,7 @@ class EngineLearner:
             p.grad = None
 
     def score(
-        self,
-        data: TensorData,
-        batch_size: int,
-        predict: Callable[[Batch], Tensor] | None = None,
-        stream: Stream | None = None,
+        self, data: TensorData, batch_size: int, predict: Say | None = None, stream: Stream | None = None
     ) -> Score:
         """An entry of the score matrix: :meth:`accuracy`, or minus :meth:`squared_error` where the stream is a regression.
 
@@ -499,7 +495,7 @@ class EngineLearner:
         return Score(self.accuracy(data, batch_size, predict))
 
     @torch.no_grad()
-    def accuracy(self, data: TensorData, batch_size: int, predict: Callable[[Batch], Tensor] | None = None) -> float:
+    def accuracy(self, data: TensorData, batch_size: int, predict: Say | None = None) -> float:
         """Share of ``data`` whose highest logit is the label, in evaluation mode, over all ranks.
 
         ``predict`` gives the scores ``[B, n_classes]`` of a batch in place of the model's logits. Raises
@@ -517,11 +513,7 @@ class EngineLearner:
 
     @torch.no_grad()
     def answered(
-        self,
-        data: TensorData,
-        batch_size: int,
-        predict: Callable[[Batch], Tensor] | None = None,
-        stream: Stream | None = None,
+        self, data: TensorData, batch_size: int, predict: Say | None = None, stream: Stream | None = None
     ) -> Score:
         """What the answers to ``data`` in words are worth, as :func:`~cl_lab.answers.grade_answers` says: their mean.
 
@@ -557,9 +549,7 @@ class EngineLearner:
         return Score(worth / len(data), valid / len(data) if free else None)
 
     @torch.no_grad()
-    def squared_error(
-        self, data: TensorData, batch_size: int, predict: Callable[[Batch], Tensor] | None = None
-    ) -> float:
+    def squared_error(self, data: TensorData, batch_size: int, predict: Say | None = None) -> float:
         """Mean of ``(f(x) − y)²`` over ``data``, in evaluation mode, over all ranks; as :meth:`accuracy` otherwise."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # squared errors, outputs that are not finite
         for batch, outputs, rows in self._answers(data, batch_size, predict or self._forward):
@@ -572,9 +562,7 @@ class EngineLearner:
         return float(total) / len(data)
 
     @torch.no_grad()
-    def log_likelihoods(
-        self, data: TensorData, said: Tensor, batch_size: int, predict: Callable[[Batch], Tensor] | None = None
-    ) -> Tensor:
+    def log_likelihoods(self, data: TensorData, said: Tensor, batch_size: int, predict: Say | None = None) -> Tensor:
         """Log-probability of the tokens ``said`` ``[N, A]`` behind the prompts of ``data``: float64 ``[N]``, on the CPU.
 
         In nats, summed over each row's tokens, :data:`~cl_lab.records.PAD` left out; in evaluation mode, over all ranks.

@@ -465,7 +465,7 @@ class Trainer:
         return found
 
     def _probe(self) -> None:
-        """Measure drift, where it is asked for; of the model as it answers, in evaluation mode, nothing drawn."""
+        """Measure drift where it is asked for; of the model as it answers, in evaluation mode, nothing drawn."""
         if self._probes is None:
             return
         with self._timed("eval_seconds"):

@@ -136,9 +136,20 @@ class EditStream(Scenario):
                 f"edit-stream: no edit of experience {empty} has {self.asked} with an answer; take asked=prompts, or raise "
                 "per_experience"
             )
-        tested = {main: tested[main]} | (self._beside(tokenizer, trained, tested) if self.asides else {})
-        every = [row for own in (trained, *tested.values()) for rows in own for row in rows]
-        table = _Table(tokenizer, self.chat, every, self.room)
+        tested = tested if self.asides else {main: tested[main]}
+        rows = [row for own in (trained, *tested.values()) for part in own for row in part]
+        prompts = _prompts(tokenizer, self.chat, [row.prompt for row in rows])
+        longest = max(_LONG, *(len(prompts[row.prompt]) for part in (*trained, *tested[main]) for row in part))
+        if long := sum(len(tokens) > longest for tokens in prompts.values()):
+            log.warning(
+                "edit-stream: %d of %d prompts are longer than %d tokens and not asked", long, len(prompts), longest
+            )
+            tested = {
+                group: [[row for row in part if len(prompts[row.prompt]) <= longest] for part in own]
+                for group, own in tested.items()
+            }
+        every = [row for own in (trained, *tested.values()) for part in own for row in part]
+        table = _Table(tokenizer, self.chat, every, prompts, self.room)
 
         def experiences(group: str) -> tuple[Experience, ...]:
             return tuple(
@@ -175,21 +186,6 @@ class EditStream(Scenario):
             )
         return replace(stream, asides=asides)
 
-    def _beside(self, tokenizer: Tokenizer, trained: _Rows, tested: Mapping[str, _Rows]) -> dict[str, _Rows]:
-        """What can be asked beside the stream: all but what would make its rows far longer."""
-        own = [row.prompt for rows in (*trained, *tested[_ASKED[self.asked]]) for row in rows]
-        longest = max(_LONG, *map(len, _prompts(tokenizer, self.chat, own)))
-        prompts = {row.prompt for groups in tested.values() for rows in groups for row in rows}
-        sizes = {p: len(t) for p, t in zip(prompts, _prompts(tokenizer, self.chat, prompts), strict=True)}
-        if long := sum(size > longest for size in sizes.values()):
-            log.warning(
-                "edit-stream: %d of %d prompts are longer than %d tokens and not asked", long, len(sizes), longest
-            )
-        return {
-            group: [[row for row in rows if sizes[row.prompt] <= longest] for rows in groups]
-            for group, groups in tested.items()
-        }
-
     def _file(self) -> Path:
         if self.facts is None:
             return OWN_FACTS
@@ -221,22 +217,25 @@ _Rows: TypeAlias = Sequence[Sequence[_Row]]
 """Rows by experience."""
 
 
-def _prompts(tokenizer: Tokenizer, chat: bool, asked: Iterable[str]) -> list[list[int]]:
-    return tokenizer.encode_all([tokenizer.chat(p) if chat else p for p in asked])
+def _prompts(tokenizer: Tokenizer, chat: bool, asked: Iterable[str]) -> dict[str, list[int]]:
+    """The tokens of each prompt."""
+    texts = list(dict.fromkeys(asked))
+    return dict(zip(texts, tokenizer.encode_all([tokenizer.chat(p) if chat else p for p in texts]), strict=True))
 
 
 class _Table:
     """Rows in tokens, as :class:`~cl_lab.editable.EditableModel` reads them, and the answers by number."""
 
-    def __init__(self, tokenizer: Tokenizer, chat: bool, rows: Sequence[_Row], room: int = 1) -> None:
-        asked, said = dict.fromkeys(r.prompt for r in rows), dict.fromkeys(r.answer for r in rows)
-        prompts = _prompts(tokenizer, chat, asked)
+    def __init__(
+        self, tokenizer: Tokenizer, chat: bool, rows: Sequence[_Row], prompts: Mapping[str, list[int]], room: int = 1
+    ) -> None:
+        said = dict.fromkeys(row.answer for row in rows)
         answers = tokens_behind(tokenizer, "" if chat else " ", [a.strip() for a in said])
-        self._prompts = dict(zip(asked, prompts, strict=True))
+        self._prompts = prompts
         ended = [(*tokens, tokenizer.end) for tokens in answers]
         number = {tokens: i for i, tokens in enumerate(dict.fromkeys(ended))}
         self._numbers = {a: number[tokens] for a, tokens in zip(said, ended, strict=True)}
-        self.prompt = max(room, *map(len, prompts))
+        self.prompt = max(room, *(len(prompts[row.prompt]) for row in rows))
         self.answers = torch.full((len(number), max(room // 2, *map(len, number))), PAD)
         for tokens, i in number.items():
             self.answers[i, : len(tokens)] = torch.tensor(tokens)

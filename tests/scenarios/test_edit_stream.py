@@ -214,5 +214,7 @@ def test_answers_are_tokenised_as_they_stand_behind_prompts() -> None:
         def encode(self, text: str) -> list[int]:
             return [ord("_"), *super().encode(text)]
 
-    table = edit_stream._Table(Marked(), False, [edit_stream._Row("It is", "Lyon"), edit_stream._Row("Is it", "no")])
+    rows = [edit_stream._Row("It is", "Lyon"), edit_stream._Row("Is it", "no")]
+    prompts = edit_stream._prompts(Marked(), False, [row.prompt for row in rows])
+    table = edit_stream._Table(Marked(), False, rows, prompts)
     assert table.answers.tolist() == [[*b" Lyon", 256], [*b" no", 256, PAD, PAD]]
