@@ -892,7 +892,9 @@ def _edit_table(document: Mapping[str, Any]) -> Any:
 
 
 def _cell(value: float | None) -> str:
-    return "–" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+    if value is None or isinstance(value, int):
+        return "–" if value is None else str(value)
+    return f"{value:.3f}" if value < 1e6 else f"{value:.2e}"  # a broken model's perplexity
 
 
 def _edit_notes(document: Mapping[str, Any]) -> list[str]:

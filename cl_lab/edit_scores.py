@@ -8,6 +8,7 @@ asking twice gives the same.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cl_lab.editable import EditableModel
 from cl_lab.errors import EditError
@@ -32,6 +34,9 @@ WRITTEN, LENGTH = 16, 64
 _PASSAGES = 4
 """Passages in a pass: the logits of all their tokens are in memory."""
 
+RELIABILITY = "reliability"
+"""The group of the edits' own prompts."""
+
 OOD, CERTAIN = "ood", 0.8
 """The group of an edit's passages, which are read and not asked, and the probability above which a token of one counts."""
 
@@ -41,13 +46,15 @@ class Asked:
     """What a model said to the questions of some edits, ready to be compared: by group, and in a group by edit.
 
     ``tokens`` are the likeliest tokens at the answers' places, answer given; ``texts`` what it wrote by itself, in
-    ``budget`` tokens at most. ``ood`` has for each edit the shares of its passages (:func:`scores`).
+    ``budget`` tokens at most. ``ood`` has for each edit the shares of its passages (:func:`scores`), ``surprise`` the mean
+    surprise, in nats, of its own answer's tokens, each behind the right ones before it.
     """
 
     tokens: dict[str, list[list[list[int]]]]
     texts: dict[str, list[list[str]]] = field(default_factory=dict)
     budget: int = BUDGET
     ood: list[list[float]] = field(default_factory=list)
+    surprise: list[float] = field(default_factory=list)
 
 
 def budget(model: EditableModel, answers: Iterable[str | None], *, chat: bool = False) -> int:
@@ -75,6 +82,7 @@ def ask(
     """
     tokens: dict[str, list[list[list[int]]]] = {}
     texts: dict[str, list[list[str]]] = {}
+    surprise: list[float] = []
     # Of all groups, whichever are asked, so that a part of the questions is answered as it is among all.
     asked = (p for e in edits for own in GROUPS.values() for p in own(e))
     most = budget(model, (answer for p in asked for answer in (p.answer, *p.also)), chat=chat)
@@ -83,11 +91,14 @@ def ask(
         flat = [p for own in probes for p in own]
         sizes = [len(own) for own in probes]
         if flat:
-            tokens[group] = _divided(_likeliest(model, flat, chat, batch_size), sizes)
+            best, nats = _forced(model, flat, chat, batch_size)
+            tokens[group] = _divided(best, sizes)
+            if group == RELIABILITY:
+                surprise = nats  # an edit has one prompt
             if free:
                 said = model.answer([p.prompt for p in flat], max_new_tokens=most, chat=chat, batch_size=batch_size)
                 texts[group] = _divided(said, sizes)
-    return Asked(tokens, texts, most, _sure_of(model, edits) if OOD in groups else [])
+    return Asked(tokens, texts, most, _sure_of(model, edits) if OOD in groups else [], surprise)
 
 
 def scores(
@@ -103,7 +114,9 @@ def scores(
     (``Edit.ood``) that have, those before them given, a probability above :data:`CERTAIN`, as WISE counts it; the edit's
     prompt, where the passage begins with it, is not counted, else its first token is not. A passage that is longer than the
     model reads is cut at its end. Beside these ``answer_tokens``, the most that a written answer could have
-    (:func:`budget`), where any was written.
+    (:func:`budget`), where any was written; and ``reliability_perplexity``, at least 1: the mean over edits of ``exp`` of
+    the mean surprise, in nats, of the new answer's tokens, teacher-forced, which WISE's table of hallucinations has in place
+    of reliability. One answer that the model holds impossible decides that mean; where it is not finite it is left out.
     """
     found: dict[str, Any] = {}
     for group, said in after.tokens.items():
@@ -112,7 +125,7 @@ def scores(
         found[group] = _mean(each)
         if group in after.texts:
             pairs = zip(probes, after.texts[group], edits, strict=True)
-            old = [e.old if group in ("reliability", "generality") else None for e in edits]
+            old = [e.old if group in (RELIABILITY, "generality") else None for e in edits]
             judged = [
                 [
                     [
@@ -141,12 +154,19 @@ def scores(
                 )
     found[OOD] = _mean(after.ood)
     found["answer_tokens"] = after.budget if after.texts else None
+    if after.surprise:
+        found[f"{RELIABILITY}_perplexity"] = finite(torch.tensor(after.surprise).double().exp().mean())
     return {name: value for name, value in found.items() if value is not None}
+
+
+def finite(value: Tensor | float) -> float | None:
+    """A number that JSON can hold; ``None`` for one that is not finite, as a broken model's perplexity may be."""
+    return float(value) if math.isfinite(value) else None
 
 
 def retention(model: EditableModel, edits: Sequence[Edit], after: Asked, *, chat: bool = False) -> list[float]:
     """Each edit's own reliability, teacher-forced, in the order of ``edits``: by age, the newest last."""
-    found = by_edit(model, edits, after, "reliability", chat=chat)
+    found = by_edit(model, edits, after, RELIABILITY, chat=chat)
     return [own for own in found if own is not None]  # an edit always says its answer
 
 
@@ -162,7 +182,7 @@ def by_edit(
 
 def written_right(edits: Sequence[Edit], after: Asked) -> list[bool]:
     """Whether each edit's own prompt was answered rightly (:func:`is_right`) when the model wrote by itself."""
-    texts = after.texts["reliability"]
+    texts = after.texts[RELIABILITY]
     return [is_right(own[0], edit.answer, edit.old) for edit, own in zip(edits, texts, strict=True)]
 
 
@@ -293,15 +313,23 @@ def _says(said: str, answer: str, old: str) -> bool | None:
     return was not in (words.replace(wanted, "  ") if was in wanted else words)
 
 
-def _likeliest(model: EditableModel, probes: Sequence[Probe], chat: bool, batch_size: int) -> list[list[int]]:
-    """At the places of each probe's answer, its end not among them, the likeliest tokens."""
+def _forced(
+    model: EditableModel, probes: Sequence[Probe], chat: bool, batch_size: int
+) -> tuple[list[list[int]], list[float]]:
+    """At the places of each probe's answer, its end not among them, the likeliest tokens, and the answer's mean surprise."""
     answers = [_answer_tokens(model, p, chat) for p in probes]
     pairs = [(model.read_prompt(p.prompt, chat=chat, room=len(a)), a) for p, a in zip(probes, answers, strict=True)]
-    lengths = [len(a) for a in answers]
-    best: list[int] = []
+    best: list[list[int]] = []
+    surprise: list[float] = []
     for first in range(0, len(pairs), batch_size):
-        best += model.logits(model.rows(pairs[first : first + batch_size]), batch_size).argmax(1).tolist()
-    return _divided(best, lengths)
+        rows = model.rows(pairs[first : first + batch_size])
+        logits = model.logits(rows, batch_size)
+        lengths = [len(a) for a in answers[first : first + batch_size]]
+        best += _divided(logits.argmax(1).tolist(), lengths)
+        # One by one, since the logarithms of all their likelihoods would take as much memory as the logits once more.
+        told = zip(logits.split(lengths), rows.labels.split(lengths), strict=True)
+        surprise += [float(torch.nn.functional.cross_entropy(*own)) for own in told]
+    return best, surprise
 
 
 def _sure_of(model: EditableModel, edits: Sequence[Edit]) -> list[list[float]]:

@@ -212,7 +212,7 @@ class _Stream:
 
     def _worth(self, said: edit_scores.Asked, perplexity: float) -> dict[str, Any]:
         found = edit_scores.scores(self._model, self._edits, said, self._before, chat=self._chat)
-        found["perplexity"] = perplexity
+        found["perplexity"] = edit_scores.finite(perplexity)
         if self._free:
             found["fluency"] = edit_scores.fluency(self._model, self._edits, chat=self._chat)
         return found

@@ -385,6 +385,7 @@ def test_asking_changes_nothing_and_says_the_same_twice() -> None:
         assert found[f"{group}_agreement"] == 1
         assert found[f"{group}_free_agreement"] == 1
     assert found.pop("answer_tokens") == 24
+    assert found.pop("reliability_perplexity") > 1
     assert all(0 <= value <= 1 for value in found.values())
 
 
@@ -403,6 +404,27 @@ def test_the_likeliest_tokens_are_those_of_transformers() -> None:
         assert found == best[len(prompt) - 1 : -1].tolist()
     free = ask(model, [ONE], groups=("reliability",)).texts
     assert free == {"reliability": [model.answer([ONE.prompt], max_new_tokens=24)]}
+
+
+def test_the_answers_perplexity_is_a_mean_over_edits() -> None:
+    """As WISE's hallucinations are scored: of each answer ``exp`` of its tokens' mean surprise, then their mean."""
+    model = editable()
+    asked = ask(model, [ONE, TWO], free=False, batch_size=1)
+    each = []
+    for edit in (ONE, TWO):
+        ids = torch.tensor([[*f"{edit.prompt} {edit.answer}".encode()]])
+        likely = model.model(input_ids=ids).logits[0].log_softmax(1)
+        first = len(edit.prompt)
+        each.append(-likely[first - 1 : -1].gather(1, ids[0, first:, None]).mean())
+    assert asked.surprise == pytest.approx([float(one) for one in each], rel=1e-4)
+    found = scores(model, [ONE, TWO], asked, asked)["reliability_perplexity"]
+    assert found == pytest.approx(float(sum(one.exp() for one in each)) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, 1e4])
+def test_a_perplexity_that_is_not_finite_is_left_out(broken: float) -> None:
+    asked = Asked({"reliability": [[BC]]}, surprise=[broken])
+    assert scores(editable(), [ONE], asked, asked) == {"reliability": 1.0}
 
 
 def test_another_model_agrees_less() -> None:
