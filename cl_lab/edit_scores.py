@@ -22,7 +22,7 @@ from torch import Tensor
 from cl_lab.editable import EditableModel
 from cl_lab.errors import EditError
 from cl_lab.facts import GROUPS, LOCAL, Edit, Probe
-from cl_lab.overlap import ALONE, ARTICLES
+from cl_lab.overlap import ALONE, ARTICLES, matches
 from cl_lab.probe_texts import PARAGRAPHS
 
 BUDGET, SPARE = 24, 8
@@ -270,7 +270,7 @@ _SPOKEN = re.compile(rf"[{ALONE}]|(?:(?<!\w)[-−](?=\d))?(?:\d+(?:\.\d+)+|[^\W_
 
 def _words(text: str) -> list[str]:
     text = unicodedata.normalize("NFC", text).casefold()
-    return [word.replace("−", "-") for word in _SPOKEN.findall(_INSIDE.sub("", text))]
+    return [word.replace("−", "-") for word in matches(_SPOKEN, _INSIDE.sub("", text))]
 
 
 def is_right(said: str, answer: str, old: str | None = None) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -205,17 +205,23 @@ class _Patched:
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits ``[B, m·A', vocabulary]`` at the places of the answers of ``batch``, as the causal-lm's are."""
-        head, answers = batch.x.tensor_split((self._prompt,), 1)
-        if self._together or answers.shape[1] == self._answer:
-            return self._read_at_once(batch)
+        prompt, x, texts = self._told(batch.x)
+        backbone = CausalBackbone(self._decoder, prompt, self._answer, layered=self._layered)
+        head, answers = x.tensor_split((prompt,), 1)
+        # A decoder that is run whole has each answer in a row of its own: hooks that were told of the prompts' rows would
+        # take all that stands there for what was asked.
+        if answers.shape[1] == self._answer or (self._together and backbone.layered):
+            return self._read_at_once(backbone, prompt, x, texts, batch.t)
         each = [
-            self._read_at_once(replace(batch, x=torch.cat([head, one], 1))) for one in answers.split(self._answer, 1)
+            self._read_at_once(backbone, prompt, torch.cat([head, one], 1), texts, batch.t)
+            for one in answers.split(self._answer, 1)
         ]
         longest = max(said.shape[1] for said in each)  # a shorter answer has nothing to say at the places behind it
         return torch.cat([F.pad(said, (0, 0, 0, longest - said.shape[1])) for said in each], 1)
 
-    def _read_at_once(self, batch: Batch) -> Tensor:
-        x, prompt = batch.x, self._prompt
+    def _told(self, x: Tensor) -> tuple[int, Tensor, list[list[int]]]:
+        """How many columns prompts have, rows with what the patches put before these, and the prompts' tokens."""
+        prompt = self._prompt
         texts = [row[row >= 0].tolist() for row in x[:, :prompt].cpu()]
         if any(patch.rewrites for patch in self.editable.patches):
             texts = [self._reread(tokens) for tokens in texts]
@@ -224,14 +230,18 @@ class _Patched:
             for row, tokens in zip(told, texts, strict=True):
                 row[prompt - len(tokens) :] = torch.tensor(tokens, dtype=x.dtype)
             x = torch.cat([told.to(x.device), x[:, self._prompt :]], 1)
-        backbone = CausalBackbone(self._decoder, prompt, self._answer, layered=self._layered)
+        return prompt, x, texts
+
+    def _read_at_once(
+        self, backbone: CausalBackbone, prompt: int, x: Tensor, texts: Sequence[Sequence[int]], t: Tensor
+    ) -> Tensor:
         rows = self.editable.rows([(tokens, []) for tokens in texts])
         place = torch.arange(x.shape[1]) - (prompt - rows.prompt)[:, None]  # in its text, of each column of each row
         asked = (place >= rows.begin[:, None]) & (place < rows.until[:, None])
         columns = backbone.columns(x.cpu())
         read = x[:, columns.to(x.device)]
         with self.editable.prompts(asked[:, columns], read >= 0, read):
-            logits: Tensor = self._head(backbone(x), batch.t)
+            logits: Tensor = self._head(backbone(x), t)
         return logits
 
     def _reread(self, tokens: list[int]) -> list[int]:

@@ -833,12 +833,13 @@ def check_plain_residual(model: EditableModel, site: Site) -> None:
         )
     rows = model.rows([([1, 2, 3], [1])])
     at = model.above(rows, site)
-    noise = torch.randn(1, 4, site.weight.shape[0], generator=torch.Generator().manual_seed(0)).to(at.out)
+    size = at.out.float().abs().median()  # in half precision each sum is rounded, by a share of what is added
+    noise = torch.randn(1, 4, site.weight.shape[0], generator=torch.Generator().manual_seed(0)).to(at.out.device)
+    noise = (noise * size.clamp(min=0.01)).to(at.out.dtype)
     with site.module.register_forward_hook(lambda _, args, out: out + noise):
         moved = model.above(rows, site).out
-    if not torch.allclose(
-        moved, at.out + noise, atol=1e-3, equal_nan=True
-    ):  # what is broken, an editor's loss will tell
+    apart = (moved.float() - at.out.float() - noise.float()).abs().median()
+    if apart > (1e-3 if at.out.dtype == torch.float32 else 0.05) * size:  # what is broken, an editor's loss will tell
         raise ConfigError(
             f"module = '{site.path}': its layer of model '{model.name}' changes what the module puts out before it adds it; "
             "choose the down-projection of a Llama, Qwen, Mistral, GPT-2, GPT-J or GPT-NeoX model"

@@ -30,6 +30,9 @@ from cl_lab.patches import Patch, load_patch
 
 log = logging.getLogger("cl_lab")
 
+_PATCHES = "patches/[0-9]*/patch.json"
+"""Of a run's folder; what begins with a dot was being written when the run was stopped."""
+
 Told = Callable[[int, int, str], None]
 """Called with how many edits are made, of how many, and a word on the last patch."""
 
@@ -220,7 +223,7 @@ class _Stream:
 
 def _digest(out: Path, batches: int) -> str:
     """Of the patches of the first so many batches in a run's folder: others, made anew, have another."""
-    places = sorted(p for p in out.glob("patches/*/patch.json") if int(p.parent.name[:6]) < batches)
+    places = sorted(p for p in out.glob(_PATCHES) if int(p.parent.name[:6]) < batches)
     return hashlib.sha256(b"\0".join(p.parent.name.encode() + p.read_bytes() for p in places)).hexdigest()
 
 
@@ -351,7 +354,7 @@ def _may_claim(out: Path, asked: dict[str, Any]) -> bool:
     if not isinstance(known, dict) or not asked.keys() <= known.keys():  # a training run has another document there
         raise ConfigError(f"--out '{out}': exists and is no run of edits; choose another folder")
     differs = [k for k, v in asked.items() if known[k] != v]
-    if differs and (known.get("status") != "running" or any(out.glob("patches/*/patch.json"))):
+    if differs and (known.get("status") != "running" or any(out.glob(_PATCHES))):
         raise ConfigError(
             f"--out '{out}': holds a run with another {differs[0]} ({known[differs[0]]!r}, asked for "
             f"{asked[differs[0]]!r}); choose another folder"

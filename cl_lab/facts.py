@@ -6,6 +6,7 @@ becomes a :class:`BadLine`, whatever is wrong with a file one :class:`~cl_lab.er
 
 from __future__ import annotations
 
+import ast
 import csv
 import dataclasses
 import io
@@ -309,6 +310,21 @@ def _from_cells(record: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _with_lists(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table of a published layout: answers that were written as a list, by Python or as JSON, are one."""
+    out: dict[str, Any] = dict(record)
+    for key in _LISTS & out.keys():
+        if (cell := out[key].strip()).startswith("["):
+            try:
+                out[key] = ast.literal_eval(cell)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                raise _Bad(f"{key} = '{_short(cell)}' is no list; write ['one', 'other'], or one answer") from None
+    return out
+
+
+_LISTS = frozenset({"answers", "ground_truth", "loc_ans", "locality_ground_truth"})
+
+
 def _zsre(record: Mapping[str, Any]) -> list[Edit]:
     return [
         Edit(
@@ -347,10 +363,8 @@ def _counterfact(record: Mapping[str, Any]) -> list[Edit]:
         dataclasses.replace(
             edit,
             paraphrases=_texts(record, "paraphrase_prompts"),
-            same_relation=(
-                *(Probe(prompt, edit.old) for prompt in _texts(record, "neighborhood_prompts")),
-                *(Probe(prompt, edit.answer) for prompt in _texts(record, "attribute_prompts")),
-            ),
+            # The right answer of attribute_prompts is the edit's new one: whoever gives it to everything has them right.
+            same_relation=tuple(Probe(prompt, edit.old) for prompt in _texts(record, "neighborhood_prompts")),
         )
     ]
 
@@ -402,12 +416,20 @@ def _knowedit(record: Mapping[str, Any]) -> list[Edit]:
             into, make = _group(key, name)
             for i, value in enumerate(_as_list(group), 1):
                 asked = _object(value, f"{place}[{i}]")
-                probes[into] += make(
-                    _optional(asked, "prompt", f"{place}[{i}].prompt"), _answers(asked, "ground_truth")
-                )
+                prompt = next(iter(_as_list(asked.get("prompt"))), None)
+                told = None if prompt is None else _checked(prompt, f"{place}[{i}].prompt") or None
+                probes[into] += make(told, _answers(asked, "ground_truth"))
     rephrased = (_checked(value, key) for key in ("rephrase", "rephrase_prompt") for value in _as_list(record.get(key)))
     given: dict[str, Any] = {key: tuple(value) for key, value in probes.items()}
     return [dataclasses.replace(_easyedit(record), paraphrases=_some(*rephrased), **given)]
+
+
+def _wikibio(record: Mapping[str, Any]) -> list[Edit]:
+    """KnowEdit's texts that are continued: the same, but for the names of three fields."""
+    named = {"text": "prompt", "labels": "target_new", "concept": "subject"}
+    for key in ("text", "labels"):
+        _needed(record, key)
+    return _knowedit({named.get(key, key): value for key, value in record.items()})
 
 
 def _group(key: str, name: str) -> tuple[str, Callable[[str | None, Sequence[str]], tuple[Probe, ...]]]:
@@ -466,6 +488,7 @@ _LAYOUTS: dict[str, _Layout] = {
     "knowedit": _Layout(
         lambda r: "target_new" in r and ("portability" in r or "locality" in r or "locality_prompt" not in r), _knowedit
     ),
+    "wikibio": _Layout(_has("text", "labels", "concept"), _wikibio, 4000),
     "counterfact-easyedit": _Layout(
         lambda r: "target_new" in r and ("ground_truth" in r or "rephrase_prompt" in r), _counterfact_easyedit
     ),
@@ -536,7 +559,9 @@ def _edits(record: object, name: str, table: bool, limit: int) -> list[Edit]:
     if isinstance(record, _Bad):
         raise record
     given = _object(record, "the record")
-    edits = _LAYOUTS[name].read(_from_cells(given) if table and name == "plain" else given)
+    if table:
+        given = _from_cells(given) if name == "plain" else _with_lists(given)
+    edits = _LAYOUTS[name].read(given)
     return [_within(edit, limit) for edit in edits]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 """Kana and ideographs, for a character class: each is a word."""
 _WORDS = re.compile(rf"[{ALONE}]|[^\W_{ALONE}]+")
+_SIGN = re.compile(rf"[{ALONE}]")
 _PIECES = re.compile(rf"[{ALONE}]|[^\s{ALONE}]+")
 ARTICLES = frozenset({"a", "an", "the"})
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -28,7 +29,7 @@ def rouge_l(said: str, reference: str) -> float:
     has them without a stemmer: lower case, letters and digits; but letters of any alphabet (``[a-z0-9]`` would divide
     *für*), so that only texts in ASCII are sure to get that package's number. Two texts without a word are alike: 1.
     """
-    one, other = (_WORDS.findall(_folded(text)) for text in (said, reference))
+    one, other = (matches(_WORDS, _folded(text)) for text in (said, reference))
     if not one or not other:
         return float(one == other)
     return 2 * _common(one, other) / (len(one) + len(other))
@@ -62,6 +63,24 @@ def first_line(said: str, reference: str) -> float:
 
 OVERLAPS: Mapping[str, Callable[[str, str], float]] = {"rouge-l": rouge_l, "f1": word_f1, "first-line": first_line}
 """By the names of :data:`cl_lab.records.Measure`."""
+
+
+def matches(words: re.Pattern[str], text: str) -> list[str]:
+    """All that ``words`` matches in ``text``, where a mark is of its letter's kind.
+
+    A vowel in Hindi or Tamil is a mark on the consonant before it: to Python's ``\\w`` it is none, and divides words.
+    """
+    if text.isascii():
+        return words.findall(text)
+    plain = ""
+    for c in text:
+        behind = plain[-1:].isalpha() and not _SIGN.match(plain[-1:])
+        plain += "a" if behind and unicodedata.category(c).startswith("M") and not _VARIANTS.match(c) else c
+    return [text[m.start() : m.end()] for m in words.finditer(plain)]
+
+
+_VARIANTS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+"""Marks that say how a sign looks, not which it is."""
 
 
 def _folded(text: str) -> str:

@@ -51,13 +51,14 @@ class FTM(Editor):
         site = self._site(model)
         chat = self.chat and model.tokenizer.can_chat
         texts = of_like_length([p for e in edits for p in forms(model, e, self.contexts, chat)])
-        parts = [(at, at.inputs.float()) for some in texts for at in [model.above(model.rows(some), site)]]
-        delta = torch.zeros(site.weight.shape, device=model.device, requires_grad=True)
-        optimizer = torch.optim.Adam([delta], lr=self.lr)
+        with model.unrouted():  # what answers for some prompts only, and goes by them, is not told of these
+            parts = [(at, at.inputs.float()) for some in texts for at in [model.above(model.rows(some), site)]]
+            delta = torch.zeros(site.weight.shape, device=model.device, requires_grad=True)
+            optimizer = torch.optim.Adam([delta], lr=self.lr)
 
-        def losses() -> tuple[Tensor, Tensor, bool]:
-            rows, likely = rows_loss((at.logits(inputs @ delta.T), at.rows) for at, inputs in parts)
-            return rows.mean(), rows.mean(), float(likely.min()) >= self.stop_at
+            def losses() -> tuple[Tensor, Tensor, bool]:
+                rows, likely = rows_loss((at.logits(inputs @ delta.T), at.rows) for at, inputs in parts)
+                return rows.mean(), rows.mean(), float(likely.min()) >= self.stop_at
 
-        notes = descend(losses, optimizer, self.steps, f"ft-m: '{edits[0].shown}'") | {"edits": len(edits)}
-        return WeightPatch("ft-m", notes, {site.path: Delta(dense=delta.detach().cpu())})
+            notes = descend(losses, optimizer, self.steps, f"ft-m: '{edits[0].shown}'") | {"edits": len(edits)}
+            return WeightPatch("ft-m", notes, {site.path: Delta(dense=delta.detach().cpu())})

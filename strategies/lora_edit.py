@@ -63,17 +63,18 @@ class LoRAEdit(Editor):
         sites = [site for layer in layers for site in self._sites(model, layer)]
         chat = self.chat and model.tokenizer.can_chat
         texts = of_like_length([p for e in edits for p in forms(model, e, self.contexts, chat)])
-        parts = [(rows, _logits_from(model, rows, layers[0])) for rows in map(model.rows, texts)]
-        factors = self._factors(model, sites, edits)
-        optimizer = torch.optim.Adam([f for c in factors.values() for f in (c.a, c.b) if f is not None], lr=self.lr)
+        with model.unrouted():  # what answers for some prompts only, and goes by them, is not told of these
+            parts = [(rows, _logits_from(model, rows, layers[0])) for rows in map(model.rows, texts)]
+            factors = self._factors(model, sites, edits)
+            optimizer = torch.optim.Adam([f for c in factors.values() for f in (c.a, c.b) if f is not None], lr=self.lr)
 
-        def losses() -> tuple[Tensor, Tensor, bool]:
-            with changed(model, factors):
-                each, likely = rows_loss((logits(), rows) for rows, logits in parts)
-            return each.mean(), each.mean(), float(likely.min()) >= self.stop_at
+            def losses() -> tuple[Tensor, Tensor, bool]:
+                with changed(model, factors):
+                    each, likely = rows_loss((logits(), rows) for rows, logits in parts)
+                return each.mean(), each.mean(), float(likely.min()) >= self.stop_at
 
-        notes = descend(losses, optimizer, self.steps, f"lora: '{edits[0].shown}'") | {"edits": len(edits)}
-        return WeightPatch("lora", notes, {path: _detached(c) for path, c in factors.items()})
+            notes = descend(losses, optimizer, self.steps, f"lora: '{edits[0].shown}'") | {"edits": len(edits)}
+            return WeightPatch("lora", notes, {path: _detached(c) for path, c in factors.items()})
 
     def _sites(self, model: EditableModel, layer: int) -> list[Site]:
         inside = linear_layers(model, layer)

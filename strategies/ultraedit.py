@@ -40,8 +40,9 @@ class UltraEdit(Editor):
     Beyond the paper: answers end with the model's end token, other forms of the prompt stand beside the plain one, and up
     to ``iterations`` steps are taken, each from where the one before led; its features are counted, too. Each patch keeps
     its own number, mean and squared deviations; the state is what those of the patches on the model are together (Chan et
-    al. 1979), so one that is taken away takes its share along. Nothing holds earlier edits in place: larger batches keep
-    more of them than single edits do.
+    al. 1979), so one that is taken away takes its share along. Each module has its own mean and variance; the released code
+    counts all modules of one shape together. Nothing holds earlier edits in place: larger batches keep more of them than
+    single edits do.
     """
 
     folds: ClassVar[bool] = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,11 +162,40 @@ def test_an_answer_that_stands_there_decides_nothing(name: str, facts: Path) -> 
     assert torch.allclose(said(strategy, learner, batch)[:, 0], first, atol=1e-4)
 
 
-@every
-def test_several_answers_behind_a_prompt(name: str, facts: Path) -> None:
+def gpt2() -> Any:
+    """A decoder that is run whole, with an answer a row."""
+    import_torchvision()
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = GPT2Config(
+        vocab_size=257, n_embd=32, n_layer=2, n_head=2, n_positions=512, bos_token_id=0, eos_token_id=256
+    )
+    return GPT2LMHeadModel(shape).eval()
+
+
+def windowed() -> Any:
+    """A decoder whose layers look back over fewer tokens than the texts have: it is run whole, too."""
+    import_torchvision()
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=257, num_key_value_heads=2, sliding_window=6, tie_word_embeddings=True, **shape)
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(name, toys.language_model) for name in NAMES]
+    + [(name, family) for name in ("wise", "grace", "prompt-memory") for family in (gpt2, windowed)],
+)
+def test_several_answers_behind_a_prompt(name: str, family: Callable[[], Any], facts: Path) -> None:
+    """As each of them by itself, also where a decoder is run whole: what decides is the prompt."""
     stream = stream_of(facts)
-    learner = learner_of(stream)
+    learner = learner_of(stream, family())
     strategy = learnt(strategy_of(name), learner)
+    assert learner.model.backbone.layered == (family is toys.language_model)
     batch = questions(stream)
     assert stream.answers is not None
     prompt, n = stream.layout["prompt"][0], len(batch)

@@ -156,6 +156,15 @@ def test_parts_are_found(name: str) -> None:
 
 
 @family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_half_precision_rounds_is_no_change_of_the_output(name: str, dtype: torch.dtype) -> None:
+    model = editable(name)
+    model.model.to(dtype)
+    for layer in range(LAYERS):
+        check_plain_residual(model, model.down_projection(layer))
+
+
+@family
 def test_a_weight_is_out_by_in(name: str) -> None:
     model = editable(name)
     site = model.down_projection(1)
@@ -276,8 +285,10 @@ class Halved(nn.Module):
         return out
 
 
-def test_a_layer_that_changes_the_output_is_told() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_changes_the_output_is_told(dtype: torch.dtype) -> None:
     model = editable()
+    model.model.to(dtype)
     model.model.model.layers[1].mlp = Halved(model.model.model.layers[1].mlp)
     check_plain_residual(model, model.down_projection(0))
     with pytest.raises(ConfigError, match=r"^module = 'model\.layers\.1\.mlp\.inner\.down_proj': its layer .* changes"):

@@ -135,6 +135,13 @@ def test_a_long_edit_in_a_prompt_memory_costs_no_scores(tmp_path: Path) -> None:
     assert document["after"]["fluency"] is not None
 
 
+def test_what_a_kill_left_half_written_is_no_patch(facts: Path, tmp_path: Path) -> None:
+    whole = scored(facts, tmp_path / "out", at=[1])
+    (tmp_path / "out/patches/000001").rename(tmp_path / "out/patches/.000001")
+    assert (tmp_path / "out/patches/.000001/patch.json").is_file()
+    assert timeless(scored(facts, tmp_path / "out", at=[1])) == timeless(whole)
+
+
 def test_there_must_be_so_many_edits_to_score_after(facts: Path, tmp_path: Path) -> None:
     for wrong in (0, 4):
         with pytest.raises(ConfigError, match=f"--at {wrong}: give a number from 1 to 3, the edits there are$"):

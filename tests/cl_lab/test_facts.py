@@ -151,6 +151,14 @@ COUNTERFACT_EASYEDIT = {
     "locality_prompt": "Carl Doux is a native speaker of",
     "locality_ground_truth": "French",
 }
+WIKIBIO = {
+    "text": "This is a Wikipedia passage about ann bee.",
+    "labels": "She flew alone. " + "x" * 500,
+    "concept": "ann bee",
+    "locality": {
+        "Relation_Specificity": [{"prompt": ["The father of Ann Bee is"], "ground_truth": [["Max Bee", "Max"]]}]
+    },
+}
 KNOWEDIT = {
     "subject": "Leo Arndt",
     "prompt": "The place of death of Leo Arndt is",
@@ -260,7 +268,6 @@ EXPECTED: dict[str, tuple[str, object, list[Edit]]] = {
                 same_relation=(
                     Probe("The mother tongue of Bea Clair is", "French"),
                     Probe("Carl Doux is a native speaker of", "French"),
-                    Probe("Dan Earl is a native speaker of", "English"),
                 ),
             )
         ],
@@ -296,6 +303,18 @@ EXPECTED: dict[str, tuple[str, object, list[Edit]]] = {
                 unrelated=(Probe("Water is made of", "hydrogen"),),
                 same_relation=(Probe("A place of death that is not Berlin is"),),
                 same_subject=(Probe("The father of Leo Arndt is", "Max Arndt"),),
+            )
+        ],
+    ),
+    "wikibio": (
+        "wikibio.json",
+        [WIKIBIO],
+        [
+            Edit(
+                "This is a Wikipedia passage about ann bee.",
+                "She flew alone. " + "x" * 500,
+                subject="ann bee",
+                same_subject=(Probe("The father of Ann Bee is", "Max Bee", ("Max",)),),
             )
         ],
     ),
@@ -377,6 +396,19 @@ def test_every_layout_is_tested() -> None:
 def test_an_older_halluedit_names_its_object_label(tmp_path: Path) -> None:
     path = written(tmp_path, "old.csv", ",subject,label,question\n0,The Ranch,motor car,What does it depict?\n")
     assert only(path) == Edit("What does it depict?", "motor car", subject="The Ranch")
+
+
+def test_lists_in_a_table_of_a_published_layout(tmp_path: Path) -> None:
+    """As pandas writes them."""
+    head = "src,alt,answers,rephrase,loc,loc_ans,subject\n"
+    row = """Where is A?,Ulm,"['Bonn', 'Berlin']",At which place is A?,nq question: who,"[""X"", ""Y""]",A\n"""
+    (edit,) = read_facts(written(tmp_path, "z.csv", head + row)).edits
+    assert edit.old == "Bonn"
+    assert [(p.answer, p.also) for p in edit.unrelated] == [("X", ("Y",))]
+    with pytest.raises(
+        DataError, match=r"z\.csv:2: answers = '\['Bonn'' is no list; write \['one', 'other'\], or one answer"
+    ):
+        read_facts(written(tmp_path, "z.csv", head + row.replace("', 'Berlin']", "'")))
 
 
 def test_a_layout_that_is_named_is_the_one_that_reads(tmp_path: Path) -> None:
@@ -541,7 +573,11 @@ def test_if_all_are_bad_there_is_nothing_to_skip_to(tmp_path: Path) -> None:
             {"requested_rewrite": {**REWRITE, "target_new": {}}},
             "has no requested_rewrite.target_new.str",
         ),
-        ("counterfact", {**COUNTERFACT, "attribute_prompts": [1]}, "attribute_prompts[1] is a number, not a text"),
+        (
+            "counterfact",
+            {**COUNTERFACT, "neighborhood_prompts": [1]},
+            "neighborhood_prompts[1] is a number, not a text",
+        ),
         ("mquake", {**MQUAKE, "requested_rewrite": []}, "requested_rewrite is empty"),
         ("mquake", {**MQUAKE, "requested_rewrite": [REWRITE, []]}, "requested_rewrite[2] is a list, not an object"),
         ("mquake", COUNTERFACT, "requested_rewrite is an object, not a list"),
@@ -784,7 +820,7 @@ def test_ten_thousand_edits_that_all_clash() -> None:
     [
         ("zsre/wise_edit_500.json", 500, 500, 500, 0, 500, 0),
         ("counterfact/edit_3000.json", 3000, 3000, 0, 3000, 0, 0),
-        ("counterfact/full_600.json", 600, 1200, 0, 12000, 0, 0),
+        ("counterfact/full_600.json", 600, 1200, 0, 6000, 0, 0),
         ("hallucination/edit_300.json", 300, 0, 300, 0, 0, 0),
         ("hallucination/train.json", 306, 0, 306, 0, 0, 0),
         ("temporal/edit.json", 75, 0, 75, 0, 0, 75),

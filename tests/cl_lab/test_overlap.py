@@ -26,6 +26,10 @@ from cl_lab.overlap import _common, first_line, rouge_l, word_f1
         ("fu\u0308r alle", "für alle", 1.0),  # however it is put together
         ("A。支持", "B。支持", 2 / 3),  # Chinese: character by character
         ("支持", "不支持", 4 / 5),
+        ("दाल", "दिल", 0.0),  # what is above and below a letter belongs to its word
+        ("कुल दिल", "दिल", 2 / 3),
+        ("I ❤\ufe0f NY", "i ny", 1.0),
+        ("葛\U000e0100城", "葛城", 1.0),
     ],
 )
 def test_rouge_l_by_hand(said: str, reference: str, expected: float) -> None:

@@ -155,6 +155,20 @@ def test_equal_proposals_for_equal_edits(name: str) -> None:
 
 
 @every
+def test_weights_in_half_precision_are_edited(name: str) -> None:
+    model = EditableModel(toys.language_model().bfloat16(), BYTES, "tiny")
+    before, said = state(model), spoken(model)
+    patch = editor(name).propose(model, EDITS)
+    assert same(state(model), before)
+    patch.apply(model)
+    assert not torch.equal(spoken(model), said)
+    assert torch.isfinite(spoken(model)).all()
+    patch.revert(model)
+    assert same(state(model), before)
+    assert torch.equal(spoken(model), said)
+
+
+@every
 def test_the_patch_can_be_told(name: str) -> None:
     model = editable()
     patch = editor(name).propose(model, EDITS)

@@ -16,7 +16,10 @@ from cl_lab.editable import EditableModel
 from cl_lab.errors import ConfigError, EditError, TooLong
 from cl_lab.facts import Edit
 from cl_lab.patches import Codebook, Delta, KeyPatch, PromptPatch, WeightPatch, load_patch
+from cl_lab.protocols import Editor
+from strategies.ft_m import FTM
 from strategies.grace import Grace, answer_label
+from strategies.lora_edit import LoRAEdit
 from strategies.prompt_memory import PromptMemory
 from strategies.ultraedit import Moments, UltraEdit, feed_forward_inputs, kept_moments, shift
 
@@ -132,6 +135,27 @@ def test_ultraedit_patch_that_is_taken_away_takes_its_statistics_along(model: Ed
     assert isinstance(again, WeightPatch)
     assert isinstance(first, WeightPatch)
     assert all(torch.equal(again.changes[p].value(), first.changes[p].value()) for p in first.changes)
+
+
+@pytest.mark.parametrize("made", [FTM(steps=3), LoRAEdit(steps=3)])
+def test_what_answers_for_some_prompts_takes_no_part_in_training(model: EditableModel, made: Editor) -> None:
+    """A codebook above the trained layer goes by the prompt's tokens, which training does not tell it."""
+    asked = model.rows([(model.encode_prompt(ONE.prompt), [1])])
+    plain = model.logits(asked)
+    site = model.down_projection(3)
+    width, size = site.weight.shape
+
+    def beside(radius: float) -> dict[str, list[float]]:
+        radii = torch.tensor([radius])
+        book = KeyPatch(path=site.path, keys=torch.zeros(1, size), values=torch.ones(1, width) * 9, radii=radii)
+        book.apply(model)
+        answers = not torch.allclose(model.logits(asked), plain, atol=0.1)
+        assert answers == (radius > 1)
+        patch = made.propose(model, [ONE])
+        book.revert(model)
+        return {name: t.tolist() for name, t in patch.tensors().items()}
+
+    assert beside(1e6) == beside(1e-6)
 
 
 def test_ultraedit_normalises_by_what_earlier_patches_saw(model: EditableModel) -> None:
