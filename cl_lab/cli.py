@@ -95,10 +95,10 @@ def compare(
         _console().print(f"report: {folder / 'report.html'}")
     failed = [r for row in comparison["rows"] for r in row["runs"] if r["status"] != "finished"]
     if failed:
-        first = failed[0]
+        first, total = failed[0], sum(len(row["runs"]) for row in comparison["rows"])
         raise UserError(
-            f"{len(failed)} of the runs failed, first {first['label']} seed {first['seed']}: {first['error']}; "
-            "the others are in the report"
+            f"{len(failed)} of the {total} runs failed, first {first['label']} seed {first['seed']}: {first['error']}; "
+            + ("the others are in the report" if len(failed) < total else "none finished")
         )
 
 
@@ -154,7 +154,7 @@ def show(
     )
     for r in rows:
         default = r["default"] if r["default"] == "required" else json.dumps(r["default"])
-        table.add_row(r["name"], r["type"], default, r["doc"])
+        table.add_row(r["name"], f"{r['type']} {r['range']}".rstrip(), default, r["doc"])
     console = _console()
     console.print(inspect.getdoc(cls) or "", markup=False, highlight=False)
     for _, line in promises.values():
@@ -527,7 +527,12 @@ def edit_apply(
         bool, typer.Option("--skip-bad", help="Leave out records of --facts that cannot be read.")
     ] = False,
     layout: Annotated[str | None, typer.Option(help="Layout of --facts, where it is not recognised.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Preview only.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Preview only, each fact beside those before it; exit code 1 where one would be refused."
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Apply although gates are broken; the journal says so.")
     ] = False,
@@ -567,8 +572,11 @@ def edit_apply(
         for one in left:
             try:
                 patch, seen = deployment.propose(model, [one], chat=chat)
-                applied = not dry_run and (force or not seen["broken"])
+                passes = force or not seen["broken"]
+                applied = passes and not dry_run
                 number = deployment.apply(model, patch, [one], forced=bool(seen["broken"])) if applied else None
+                if passes and dry_run:
+                    patch.apply(model)  # this process's own: the next fact is previewed as it would be applied
             except UserError as error:
                 stopped = error
                 break
@@ -587,11 +595,14 @@ def edit_apply(
         if len(edits) == 1:
             raise stopped
         raise type(stopped)(f"{stopped} (fact {len(done) + 1} of {len(left)}; applied before it: edits {applied_ids})")
-    refused = [d for d in done if not d["applied"]]
-    if refused and not dry_run:
+    refused = [d for d in done if d["broken"] and not force]
+    if refused and dry_run:
+        raise typer.Exit(1)
+    if refused:
+        kept = f"the other {len(done) - len(refused)} were" if len(done) > len(refused) else "none was"
         raise EditError(
-            f"{len(refused)} of {len(done)} edits break a gate, first: {refused[0]['broken'][0]}; they were not applied; "
-            "--force applies them nevertheless"
+            f"{len(refused)} of {len(done)} edits break a gate, first: {refused[0]['broken'][0]}; they were not applied, "
+            f"{kept}; --force applies them nevertheless"
         )
 
 
@@ -883,10 +894,10 @@ def _edit_table(document: Mapping[str, Any]) -> Any:
 
     held = f"{document['edits']} edits of {document['facts']} in {document['model']} by {document['editor']['name']}"
     parts = [part for part in document.get("at", []) if part["edits"] < document["edits"]]
-    columns = ["before", *(f"after {part['edits']}" for part in parts), "after"]
-    table = Table("", *columns, title=held, title_justify="left")
-    for name in document["after"]:
-        values = [document["before"].get(name), *(part["after"].get(name) for part in [*parts, document])]
+    columns = [f"{when} {part['edits']}" for part in parts for when in ("before", "after")]
+    table = Table("", *columns, "before", "after", title=held, title_justify="left")
+    for name in document["after"]:  # fewer edits are asked other questions: what they were before is of these
+        values = [part[when].get(name) for part in [*parts, document] for when in ("before", "after")]
         table.add_row(name.replace("_", " "), *map(_cell, values))
     return table
 

@@ -52,7 +52,7 @@ def compare(config: RunConfig, folder: Path, *, jobs: int = 1, resume: bool = Fa
     if resume:  # or results of other settings, or of other data, would stand in the report under these
         _check_resumable([(settings, place) for settings, place, _ in crossed], moved)
     else:
-        experiment.check_buildable(crossed[0][0])
+        experiment.check_buildable(crossed[0][0], strategies)
     if jobs > 1:
         experiment.forget_streams()  # what was read for the checks; each worker reads its own
     with experiment.ready(folder, config, resume, comparison=True, threads=threads):

@@ -339,6 +339,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if path.is_dir():
+        raise ConfigError(f"configuration file '{path}' is a folder; give a .yaml file in it")
     if not path.is_file():
         raise ConfigError(f"configuration file '{path}' does not exist; shipped examples are in configs/")
     try:

@@ -307,7 +307,7 @@ class Deployment:
                 if not e.subject
             ]
         more = {
-            "suspects": [conflict.why for conflict in suspects(edits, earlier)],
+            "suspects": [conflict.told for conflict in suspects(edits, earlier)],
             "subjects": [e.subject for e in about],
         }
         return patch, seen | more
@@ -435,7 +435,7 @@ class Deployment:
         for conflict in conflicts(edits, [edit for _, edit in earlier]):
             number = numbers.get(id(conflict.other))
             fix = "leave one of them out" if number is None else f"undo edit {number} first, or leave this one out"
-            raise EditError(f"{conflict.why}; {fix}")
+            raise EditError(f"{conflict.told}; {fix}")
 
     def holds(self, edit: Edit) -> str | None:
         """The number of the edit in force that says the same of the same prompt; ``None`` where none does."""

@@ -198,15 +198,17 @@ def _store() -> Finding:
 
 
 def _data() -> Iterator[Check]:
-    """One check per scenario whose class can say where its data lies (a classmethod ``find``) without reading it."""
+    """One check per data set of scenarios whose class can say where it lies (a classmethod ``find``) without reading it."""
     try:
         classes = {name: registry.load("scenarios", name)[0] for name in registry.names("scenarios")}
     except PluginError:
         return  # found and told by the checks of plug-ins
+    told = set()
     for name, cls in classes.items():
-        find = getattr(cls, "find", None)
-        if find is not None:
-            yield f"data of {name}", False, partial(_found, find)
+        find, source = getattr(cls, "find", None), getattr(cls, "source", name)
+        if find is not None and source not in told:  # several scenarios may be made of one set
+            told.add(source)
+            yield f"data of {source}", False, partial(_found, find)
 
 
 def _found(find: Callable[[], object]) -> Finding:

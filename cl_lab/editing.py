@@ -126,7 +126,7 @@ def score_facts(
     with _claimed(out, asked):
         known = conflicts(edits)
         for conflict in known:
-            log.warning("facts: %s", conflict.why)
+            log.warning("facts: %s", conflict.told)
         if doubted := suspects(edits):
             log.warning(
                 "facts: %d %s may contradict each other in other words, first: %s %s",

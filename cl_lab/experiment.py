@@ -64,7 +64,7 @@ def run(
     if leader and not opened:
         check_plugins(config, [config.strategy])
         if not resume and (folder / CONFIG_FILE).exists():
-            check_buildable(config)  # before an earlier run makes room for one that cannot be
+            check_buildable(config, [config.strategy])  # before an earlier run makes room for one that cannot be
         with ready(folder, config, resume):
             return run(config, folder, resume=resume, label=label, observer=observer, parent=parent, opened=True)
     if (config.engine.processes > 1 or config.engine.deepspeed) and not is_rank():  # DeepSpeed wants a process group
@@ -272,7 +272,6 @@ class _Run:
         import torch
 
         from cl_lab import augmentation, seeding
-        from cl_lab.chain import Chain
         from cl_lab.latents import put_through
         from cl_lab.learner import EngineLearner
         from cl_lab.models import Classifier
@@ -282,11 +281,7 @@ class _Run:
         torch.set_num_threads(environment.threads_for(c.engine.processes, c.engine.threads))
         use_freed_memory_again()
         stream = stream_of(c.scenario, c.seed)
-        links = [
-            registry.create("strategies", {"name": s.name, **s.knobs}, _path(self.strategy, i))
-            for i, s in enumerate(self.strategy.links)
-        ]
-        chain = Chain(links, [s.name for s in self.strategy.links], stream)
+        chain = _chain(self.strategy, stream)
         if stream.online and not chain.learns_when_asked:
             _check_one_pass(stream, c.training)
         model, raw = _fresh_model(c, stream), stream
@@ -451,12 +446,29 @@ def check_plugins(config: RunConfig, strategies: Sequence[StrategyConfig]) -> No
     registry.create("scenarios", {"name": config.scenario.name, **config.scenario.knobs}, "scenario")
 
 
-def check_buildable(config: RunConfig) -> None:
-    """Read the stream, make the model and look for the device; raises :class:`UserError` for what no run could mend."""
+def check_buildable(config: RunConfig, strategies: Sequence[StrategyConfig]) -> None:
+    """Read the stream, put it to each strategy, make the model and look for the device.
+
+    Raises :class:`UserError` for what no run could mend.
+    """
     from cl_lab.learner import check_device
 
     check_device(config.engine)
-    _fresh_model(config, stream_of(config.scenario, config.seed))
+    stream = stream_of(config.scenario, config.seed)
+    for strategy in strategies:
+        _chain(strategy, stream)
+    _fresh_model(config, stream)
+
+
+def _chain(strategy: StrategyConfig, stream: Any) -> Any:
+    """A strategy's links as one, fit for ``stream``."""
+    from cl_lab.chain import Chain
+
+    links = [
+        registry.create("strategies", {"name": s.name, **s.knobs}, _path(strategy, i))
+        for i, s in enumerate(strategy.links)
+    ]
+    return Chain(links, [s.name for s in strategy.links], stream)
 
 
 @contextlib.contextmanager

@@ -622,9 +622,18 @@ def _read(path: Path) -> _Records:
     return _Records(_json_records(path, text, lines=suffix == ".jsonl"))
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, no key of which is given twice: which of the two was meant nobody knows."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Bad(f"has '{_short(next(key for key in keys if keys.count(key) > 1))}' twice; leave one of them out")
+    return found
+
+
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise _Bad(f"broken JSON ({error.msg} at line {error.lineno}, column {error.colno})") from error
     except ValueError as error:
@@ -721,6 +730,11 @@ class Conflict:
     edit: Edit
     other: Edit
     why: str
+
+    @property
+    def told(self) -> str:
+        """``why``, behind the name of ``edit``."""
+        return f"{_named(self.edit)}: {self.why}"
 
 
 class _Seen:

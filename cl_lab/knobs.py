@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cl_lab.errors import ConfigError, nearest
@@ -42,7 +42,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def describe(cls: type) -> list[dict[str, Any]]:
-    """Name, type, default and documentation of each knob, ready for JSON."""
+    """Name, type, range (``>= 0, < 1``; empty where any value will do), default and documentation of each knob, for JSON."""
     rows = []
     hints = typing.get_type_hints(cls)
     for f in public_fields(cls):
@@ -51,11 +51,25 @@ def describe(cls: type) -> list[dict[str, Any]]:
             {
                 "name": f.name,
                 "type": _type_name(hints[f.name]),
+                "range": ", ".join(_range(f.metadata.get("bounds", {}))),
                 "default": "required" if default is dataclasses.MISSING else default,
                 "doc": f.metadata.get("doc", ""),
             }
         )
     return rows
+
+
+def _range(bounds: Mapping[str, Any]) -> Iterator[str]:
+    """What :func:`knob` was told a value must be, a phrase each."""
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    for name, bound in bounds.items():
+        if name in signs:
+            yield f"{signs[name]} {bound}"
+        elif name in _LENGTHS:
+            yield f"{_LENGTHS[name]} {bound} long"
+
+
+_LENGTHS = {"min_length": "at least", "max_length": "at most"}
 
 
 def build(cls: type, values: Mapping[str, Any], path: str) -> Any:

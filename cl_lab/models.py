@@ -551,6 +551,7 @@ def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
 
 def classifier(backbone: Backbone, width: int, stream: Stream, kind: HeadKind) -> Classifier:
     """A :class:`Classifier` with a head of that kind. Raises :class:`ConfigError` for one the stream cannot have."""
+    _no_language(stream)
     if stream.objective == "regression" and kind in ("growing", "multi"):
         raise ConfigError(
             f"model.head = '{kind}': stream '{stream.name}' is a regression, which has no classes; use 'single'"
@@ -568,12 +569,20 @@ def classifier(backbone: Backbone, width: int, stream: Stream, kind: HeadKind) -
     return Classifier(backbone, head(width, stream.n_classes))
 
 
+def _no_language(stream: Stream) -> None:
+    if stream.objective == "language":
+        raise ConfigError(
+            f"model: stream '{stream.name}' asks for answers in words, which this one does not give; use model 'causal-lm'"
+        )
+
+
 def _numel(stream: Stream) -> int:
     return int(torch.Size(stream.input_shape).numel())
 
 
 def image_shape(model: str, stream: Stream) -> tuple[int, int, int]:
     """Channels, height and width of the stream's samples. Raises :class:`ConfigError` where they are no images."""
+    _no_language(stream)
     if len(stream.input_shape) != 3 or min(stream.input_shape) < 1:
         raise ConfigError(
             f"model '{model}' takes images [channels, height, width], but samples of stream '{stream.name}' are "

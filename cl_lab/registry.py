@@ -94,9 +94,11 @@ def load(kind: str, name: str) -> tuple[type, dict[str, Any]]:
         return _from_file(Path(head), rest, name), {}
     point = points.get(name) or (points.get(head) if colon else None)
     if point is None:
-        known = [*points, *_entry_points("editors")] if kind == "strategies" else points
+        known = [*points, *_entry_points("editors").keys() - {_STRATEGY}] if kind == "strategies" else points
         if name in known:
             raise PluginError(f"'{name}' is an editor, which a run takes as a strategy; see cl-lab show editor {name}")
+        if kind == "strategies" and (meant := _strategy(name)) is not None:
+            raise PluginError(f"'{name}' is an editor made of a strategy, which a run takes as it is; write '{meant}'")
         if kind == "editors" and name in _entry_points("strategies"):
             raise PluginError(f"'{name}' is a strategy, which edits as editor {_STRATEGY}:{name}")
         raise PluginError(f"unknown {singular(kind)} '{name}'{nearest(name, known)}")

@@ -547,7 +547,13 @@ def rich_table(comparison: Mapping[str, Any]) -> Table:
         )
     notes = [
         ("Accuracies in per cent, " if score.percent else f"Scores: {score.name}, ")
-        + ("± 95 % confidence interval over seeds." if several else "one seed, no interval.")
+        + (
+            "± 95 % confidence interval over seeds."
+            if several
+            else "one seed, no interval."
+            if any(r.accuracy for r in rows)
+            else "but no run finished."
+        )
     ]
     if mixed:
         notes.append("Not all runs saw the same data: not comparable.")
@@ -682,7 +688,7 @@ def findings(comparison: Mapping[str, Any]) -> list[str]:
         found += _price(leaders, learners)
     chance = _number(comparison.get("chance"))
     if chance is not None:
-        found += _not_above(chance, learners)
+        found += _not_above(chance, learners, [r for r in _sorted(rows, True) if r.accuracy])
     runs = [run for row in rows for run in row.runs]
     missing = len(runs) - sum(len(row.done) for row in rows)
     if missing:
@@ -773,13 +779,16 @@ def _parted(found: Iterable[tuple[str, str]]) -> str:
     return ", ".join(f"{value} for {_few(whose)}" for value, whose in met.items()) if len(met) > 1 else ""
 
 
-def _not_above(chance: float, learners: Sequence[Row]) -> Iterator[str]:
+def _not_above(chance: float, learners: Sequence[Row], references: Sequence[Row]) -> Iterator[str]:
     """Who may as well have guessed."""
-    low = [r.label for r in learners if r.accuracy and r.accuracy.low <= chance]
-    if low:
-        who = f"even {learners[0].label}" if len(low) == len(learners) else _few(low)
-        are = "is" if len(low) in (1, len(learners)) else "are"
-        yield f"Guessing gives {100 * chance:.1f} %: {who} {are} not clearly above chance."
+    low, beside = (
+        [r.label for r in some if r.accuracy and r.accuracy.low <= chance] for some in (learners, references)
+    )
+    if low and len(low) == len(learners):
+        low = [f"even {learners[0].label}"]
+    if low or beside:
+        are = "is" if len(low + beside) == 1 else "are"
+        yield f"Guessing gives {100 * chance:.1f} %: {_few([*low, *beside])} {are} not clearly above chance."
 
 
 def _gap(leaders: Sequence[Row], references: Sequence[Row]) -> Iterator[str]:
@@ -795,7 +804,11 @@ def _gap(leaders: Sequence[Row], references: Sequence[Row]) -> Iterator[str]:
         if points is None:
             parts.append(f"{row.label} reaches it")
         else:
-            parts.append(f"{row.label} is {points} {'below' if missing > 0 else 'above'} it")
+            unsure = min(row.accuracy.n, joint.accuracy.n) > 1 and not (
+                _clearly_above(row, joint) or _clearly_above(joint, row)
+            )
+            side = "below" if missing > 0 else "above"
+            parts.append(f"{row.label} is {points} {side} it{', which may be chance' * unsure}")
     told = ", which sees all data at once," if joint.label.startswith("joint") else ", a reference,"
     yield f"{joint.label}{told} reaches {_in_words(joint)}; {_list(parts)}."
 

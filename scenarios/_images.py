@@ -165,6 +165,11 @@ class _Images(Scenario):
         return None
 
     @classmethod
+    def find(cls) -> Path:
+        """The folder that holds the set. Raises :class:`~cl_lab.errors.DataError` where it is nowhere."""
+        return _sources.find(cls.source)
+
+    @classmethod
     def fetch(cls, root: Path | None = None) -> Path:
         """Download the set below ``root`` (default: the user's cache) where scenarios find it; returns the folder.
 

@@ -174,6 +174,11 @@ def _read(name: str, read: Reader, files: tuple[Path, ...], pixels: int | None, 
     return images
 
 
+def find(name: str) -> Path:
+    """The folder that holds ``name``, none of whose files is read. Raises :class:`DataError` where there is none."""
+    return _locate(SOURCES[name], None)[1][0].parent
+
+
 def fetch(name: str, root: Path) -> Path:
     """Download ``name`` below ``root`` (through torchvision), where :func:`load` finds it; returns ``root``.
 

@@ -76,11 +76,16 @@ class SplitDigits(_Split):
         return {"experiences": 5, "train_limit": 60, "test_limit": 30}
 
     @classmethod
-    def fetch(cls, root: Path | None = None) -> Path:
-        """Nothing to download: the digits come with scikit-learn. Returns the folder that was asked for."""
-        from ._cache import data_root
+    def find(cls) -> Path:
+        """Scikit-learn's own folder, which has the digits."""
+        import sklearn
 
-        return data_root() if root is None else Path(root)
+        return Path(sklearn.__path__[0])
+
+    @classmethod
+    def fetch(cls, root: Path | None = None) -> Path:
+        """Nothing to download: the digits come with scikit-learn, whose folder is returned, whatever ``root`` is."""
+        return cls.find()
 
     def images(self) -> ImageSet:
         """The whole set."""

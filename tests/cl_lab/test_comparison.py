@@ -299,3 +299,9 @@ def test_early_stopping_leaves_a_kept_optimiser_its_state(tmp_path: Path) -> Non
     optimizer = learner["optimizer"]
     assert isinstance(optimizer, dict)
     assert set(optimizer) == set(learner["weights"]), "moments of every parameter"
+
+
+def test_what_no_strategy_could_mend_is_told_before_any_trains(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^strategy 'hnet' needs the task label of every sample"):
+        compare(settings(strategies=["naive", "hnet"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -132,8 +132,11 @@ def test_whole_files_that_are_wrong(load: Any, text: str, overrides: list[str], 
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    for path in (tmp_path / "absent.yaml", tmp_path):
-        with pytest.raises(ConfigError, match=rf"configuration file '{path}' does not exist; shipped examples are in"):
+    for path, why in (
+        (tmp_path / "absent.yaml", "does not exist; shipped examples are in"),
+        (tmp_path, "is a folder; give"),
+    ):
+        with pytest.raises(ConfigError, match=rf"configuration file '{path}' {why}"):
             read(path)
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00\x80")

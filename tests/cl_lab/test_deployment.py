@@ -694,7 +694,10 @@ def test_a_file_of_facts_is_looked_at_as_a_whole(tmp_path: Path) -> None:
     for more in ((), ("--dry-run",)):
         result = CliRunner().invoke(app, ["edit", "apply", str(place), "--facts", str(facts), *more])
         assert isinstance(result.exception, EditError)
-        assert "with another answer: 'z', not 'B'; leave one of them out" in str(result.exception)
+        assert str(result.exception).startswith(
+            "facts.jsonl:3: the same prompt as facts.jsonl:1, with another answer: "
+        )
+        assert str(result.exception).endswith("'z', not 'B'; leave one of them out")
     assert json.loads(cli("list", place, "--json"))["edits"] == []
     facts.write_text("".join(json.dumps(line) + "\n" for line in lines[:1]))
     cli("apply", place, "--facts", facts, "--force")
@@ -704,6 +707,38 @@ def test_a_file_of_facts_is_looked_at_as_a_whole(tmp_path: Path) -> None:
     assert (document["already"], [e["id"] for e in document["edits"]]) == (["1"], ["2"])
     assert json.loads(cli("undo", place, "2", "--json")) == {"id": "2", "in_force": False, "events": 3}
     assert json.loads(cli("redo", place, "2", "--json")) == {"id": "2", "in_force": True, "events": 4}
+
+
+def test_a_dry_run_previews_what_would_be_done(tmp_path: Path) -> None:
+    """Each fact beside those before it, as they would be applied; a broken gate is an exit code."""
+    place, facts = tmp_path / "service", tmp_path / "facts.jsonl"
+    gates = [f"--gate={name}={value}" for name, value in LOOSE.items()]
+    cli("init", place, "lr=0.02", "steps=60", "contexts=0", "--model", "tiny", "--editor", "ft-m", *gates)
+    lines = [{"prompt": f"The capital of {c} is", "answer": a} for c, a in (("Peru", "B"), ("Chad", "q"))]
+    facts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen, done = (
+        json.loads(cli("apply", place, "--facts", facts, "--json", *more))["edits"] for more in (["--dry-run"], [])
+    )
+    assert [one["applied"] for one in seen] == [False, False]
+    for one, other in zip(seen, done, strict=True):
+        timeless = [{k: v for k, v in edit.items() if k not in ("id", "applied", "seconds")} for edit in (one, other)]
+        assert timeless[0] == timeless[1]
+    strict = tmp_path / "strict"
+    cli(
+        "init",
+        strict,
+        "lr=0.02",
+        "steps=1",
+        "contexts=0",
+        "--model",
+        "tiny",
+        "--editor",
+        "ft-m",
+        "--gate=paraphrases=1",
+    )
+    words = ("apply", strict, "--prompt", "Zebras have", "--answer", "q", "--dry-run", "--json")
+    assert json.loads(cli(*words, code=1))["edits"][0]["broken"]
+    assert json.loads(cli(*words, "--force"))["edits"][0]["applied"] is False
 
 
 def test_of_a_file_of_facts_bad_ones_are_left_out_if_asked(tmp_path: Path) -> None:

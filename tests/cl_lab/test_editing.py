@@ -582,6 +582,7 @@ def test_from_the_command_line(
     cli.app([*words, str(tmp_path / "two"), "--at", "2"], standalone_mode=False)
     shown = capsys.readouterr().out
     assert "before" in shown
+    assert "before 2" in shown, "of two edits other questions are asked than of all"
     assert "after 2" in shown
     assert "after 3" not in shown
     assert "reliability of the oldest third" in shown

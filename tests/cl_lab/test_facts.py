@@ -430,7 +430,6 @@ def test_a_layout_that_is_named_is_the_one_that_reads(tmp_path: Path) -> None:
         ("facts.JSONL", '[{"prompt": "a", "answer": "b"},\n {"prompt": "c", "answer": "d"}]'),
         ("facts.json", '[{"prompt": "a", "answer": "b"},\n {"prompt": "c", "answer": "d"}]'),
         ("facts.json", '{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n'),
-        ("facts.jsonl", '{"prompt": "?", "prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n'),
     ],
 )
 def test_json_in_any_usual_form(tmp_path: Path, name: str, content: str) -> None:
@@ -514,6 +513,7 @@ def test_a_table_with_lists_in_its_cells(tmp_path: Path, name: str, by: str) -> 
         ("NaN", "the record is a number, not an object"),
         ('["a", "b"]', "the record is a list, not an object"),
         ("a, b", "broken JSON (Expecting value at column 1)"),
+        ('{"prompt": "?", "prompt": "a", "answer": "b"}', "has 'prompt' twice; leave one of them out"),
         ('{"prompt": "a", "answer": "b"', "broken JSON (Expecting ',' delimiter at column 30)"),
         ('{"prompt": "a\0", "answer": "b"}', "broken JSON (Invalid control character at at column 14)"),
         ("\0", "broken JSON (Expecting value at column 1)"),

@@ -41,8 +41,10 @@ def test_only_public_fields_are_knobs() -> None:
 
 def test_describe() -> None:
     rows = {row["name"]: row for row in describe(Plugin)}
-    assert rows["needed"] == {"name": "needed", "type": "list[str]", "default": "required", "doc": "must be given"}
-    assert rows["strength"] == {"name": "strength", "type": "float", "default": 1.0, "doc": "a weight"}
+    told = {"type": "list[str]", "range": "at least 1 long", "default": "required", "doc": "must be given"}
+    assert rows["needed"] == {"name": "needed", **told}
+    assert rows["strength"] == {"name": "strength", "type": "float", "range": ">= 0", "default": 1.0, "doc": "a weight"}
+    assert rows["plain"]["range"] == ""
     assert rows["count"]["type"] == "int | None"
     assert rows["kind"]["type"] == "Literal['near', 'far']"
     assert rows["options"]["default"] == {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cl_lab import models
+from cl_lab import models, registry
 from cl_lab.errors import ConfigError
 from cl_lab.knobs import build, describe
 from cl_lab.models import Classifier, ConvNet, GrowingHead, MultiHead, ResNet18, SimpleMLP, SingleHead, SlimResNet18
@@ -389,3 +389,13 @@ def test_a_model_can_be_cut_behind_every_stage(spec: type[ModelSpec]) -> None:
     with pytest.raises(ConfigError, match=r"cannot be split behind 'layer9'.*its stages are") as caught:
         model.split("layer9")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", [models.MLP, models.SimpleMLP, models.Linear, ConvNet, SlimResNet18])
+def test_a_stream_that_asks_for_words_has_its_model(spec: type[ModelSpec]) -> None:
+    knobs = registry.load("scenarios", "biography")[0].conformance_knobs()
+    asks = registry.create("scenarios", {"name": "biography", **knobs}, "scenario").stream(0)
+    with pytest.raises(
+        ConfigError, match=r"^model: stream 'Biography' asks for answers in words.*; use model 'causal-lm'$"
+    ):
+        build(spec, {}, "model").build(asks)

@@ -69,6 +69,8 @@ def test_metrics_are_plain_functions() -> None:
         ("models", "renset18", r"^unknown model 'renset18'; did you mean 'resnet18'\?$"),
         ("models", "", r"^unknown model ''"),
         ("strategies", "nope:x", r"^unknown strategy 'nope:x'"),
+        ("strategies", "strategy:naive", r"^'strategy:naive' is an editor made of a strategy, .*; write 'naive'$"),
+        ("strategies", "strategi", r"^unknown strategy 'strategi'; known: "),
         ("strategies", "ewc:3", r"^strategy 'ewc' takes no argument after the colon \(got 'ewc:3'\); write 'ewc'$"),
     ],
 )

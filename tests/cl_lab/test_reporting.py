@@ -409,6 +409,20 @@ def test_a_reference_is_never_the_winner() -> None:
     assert headline(found).startswith("ewc reaches")
 
 
+def test_what_a_reference_is_ahead_of_by_chance_is_told_so() -> None:
+    """Its interval is looked at as any other's, and it may have guessed as well as any."""
+    found = made_up_comparison(
+        made_up_row("joint", [0.1, 0.5], reference=True), made_up_row("replay", [0.34, 0.36]), chance=0.1
+    )
+    told = " ".join(findings(found))
+    assert "replay is 5.0 points above it, which may be chance." in told
+    assert "Guessing gives 10.0 %: joint is not clearly above chance." in told
+    both = made_up_comparison(
+        made_up_row("joint", [0.1, 0.5], reference=True), made_up_row("replay", [0.1, 0.5]), chance=0.1
+    )
+    assert "even replay and joint are not clearly above chance." in " ".join(findings(both))
+
+
 def test_a_noisy_strategy_makes_no_winner_of_one_that_another_beats() -> None:
     """The widest interval overlaps both others, which do not overlap each other."""
     noisy, sure, naive = [1.0, 0.4, 0.57], [0.5, 0.6, 0.65], [0.2, 0.2, 0.2]
