@@ -563,6 +563,7 @@ def edit_apply(
         ]
     deployment = Deployment(folder)
     done: list[dict[str, Any]] = []
+    tried: list[Edit] = []
     stopped: UserError | None = None
     with deployment.changing(wait):
         there = {i: number for i, e in enumerate(edits) if facts is not None and (number := deployment.holds(e))}
@@ -571,12 +572,13 @@ def edit_apply(
         model = deployment.load()
         for one in left:
             try:
-                patch, seen = deployment.propose(model, [one], chat=chat)
+                patch, seen = deployment.propose(model, [one], chat=chat, tried=tried)
                 passes = force or not seen["broken"]
                 applied = passes and not dry_run
                 number = deployment.apply(model, patch, [one], forced=bool(seen["broken"])) if applied else None
-                if passes and dry_run:
-                    patch.apply(model)  # this process's own: the next fact is previewed as it would be applied
+                if passes and dry_run:  # on this process's own model: the next fact is previewed as it would be applied
+                    patch.apply(model)
+                    tried.append(one)
             except UserError as error:
                 stopped = error
                 break

@@ -282,10 +282,11 @@ class Deployment:
             yield
 
     def propose(
-        self, model: EditableModel, edits: Sequence[Edit], *, chat: bool = False
+        self, model: EditableModel, edits: Sequence[Edit], *, chat: bool = False, tried: Sequence[Edit] = ()
     ) -> tuple[Patch, dict[str, Any]]:
         """A patch for ``edits`` on ``model``, which stays as it is, and what it would do (:func:`preview`).
 
+        ``tried`` are edits that lie on ``model`` behind those in force, and are not written down.
         ``suspects`` says which edits in force it may contradict in other words, ``subjects`` what each fact was taken to be
         about: what it says, or else what :func:`cl_lab.names.guessed` finds in its prompt. Nothing found breaks a gate where
         the editor goes by the subject.
@@ -293,7 +294,7 @@ class Deployment:
         Raises :class:`EditError` where it contradicts an edit in force or its subject is not in its prompt, and what the
         editor raises.
         """
-        earlier = [edit for identifier in self.active() for edit in self.edits(identifier)]
+        earlier = [*(edit for identifier in self.active() for edit in self.edits(identifier)), *tried]
         self.refuse_conflicts(edits)
         editor = registry.create("editors", self.document["editor"], "editor")
         about = [dataclasses.replace(e, subject=_subject_of(e)) for e in edits]

@@ -709,15 +709,19 @@ def test_a_file_of_facts_is_looked_at_as_a_whole(tmp_path: Path) -> None:
     assert json.loads(cli("redo", place, "2", "--json")) == {"id": "2", "in_force": True, "events": 4}
 
 
-def test_a_dry_run_previews_what_would_be_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("editor", "knobs"), [("ft-m", ["lr=0.02", "steps=60", "contexts=0"]), ("wise", ["edits_per_shard=3", "steps=5"])]
+)
+def test_a_dry_run_previews_what_would_be_done(tmp_path: Path, editor: str, knobs: list[str]) -> None:
     """Each fact beside those before it, as they would be applied; a broken gate is an exit code."""
     place, facts = tmp_path / "service", tmp_path / "facts.jsonl"
     gates = [f"--gate={name}={value}" for name, value in LOOSE.items()]
-    cli("init", place, "lr=0.02", "steps=60", "contexts=0", "--model", "tiny", "--editor", "ft-m", *gates)
+    cli("init", place, *knobs, "--model", "tiny", "--editor", editor, *gates)
     lines = [{"prompt": f"The capital of {c} is", "answer": a} for c, a in (("Peru", "B"), ("Chad", "q"))]
     facts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     seen, done = (
-        json.loads(cli("apply", place, "--facts", facts, "--json", *more))["edits"] for more in (["--dry-run"], [])
+        json.loads(cli("apply", place, "--facts", facts, "--force", "--json", *more))["edits"]
+        for more in (["--dry-run"], [])
     )
     assert [one["applied"] for one in seen] == [False, False]
     for one, other in zip(seen, done, strict=True):
