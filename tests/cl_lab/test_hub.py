@@ -25,6 +25,7 @@ from cl_lab.compat import import_torchvision
 from cl_lab.editable import EditableModel
 from cl_lab.editing import load_editable
 from cl_lab.errors import ConfigError, DataError, UserError
+from scenarios.vision import SplitDigits
 
 TEMPLATE = (
     "{% for m in messages %}<|open|>{{ m['role'] }}\n{{ m['content'] }}<|close|>\n{% endfor %}"
@@ -909,7 +910,7 @@ def test_fetch_takes_scenarios_and_models(
     code, out, _ = command(capsys, monkeypatch, "fetch", "model", "tiny", "--data-dir", str(tmp_path / "data"))
     assert (code, out) == (0, f"tiny: {tmp_path / 'data' / 'tiny'}\n")
     code, out, _ = command(capsys, monkeypatch, "fetch", "split-digits", "--data-dir", str(tmp_path))
-    assert (code, out) == (0, f"split-digits: {tmp_path}\n")
+    assert (code, out) == (0, f"split-digits: {SplitDigits.find()}\n"), "they come with scikit-learn"
     for words, expected in {
         ("model",): "fetch model: which one? known: tiny",
         ("model", "smoll"): "fetch: unknown model 'smoll'; known: tiny",

@@ -105,7 +105,7 @@ def test_a_failed_run_leaves_the_others(cl_lab: CommandLine, write_config: Calla
         training="{epochs: 1, batch_size: 16, lr: 0.1}",
     )
     line = cl_lab.error("compare", config, "--out", "cmp")
-    assert "1 of the runs failed" in line
+    assert "1 of the 2 runs failed" in line
     comparison = json.loads((cl_lab.folder / "cmp" / "comparison.json").read_text())
     by_name = {r["strategy"]: r["runs"][0] for r in comparison["rows"]}
     assert by_name["naive"]["status"] == "finished"
@@ -267,7 +267,13 @@ def test_lists_and_shows(cl_lab: CommandLine) -> None:
     shown = cl_lab.json("show", "strategy", "ewc")
     assert shown["name"] == "ewc"
     knobs = {k["name"]: k for k in shown["knobs"]}
-    assert knobs["strength"] | {"doc": ""} == {"name": "strength", "type": "float", "default": 100.0, "doc": ""}
+    assert knobs["strength"] | {"doc": ""} == {
+        "name": "strength",
+        "type": "float",
+        "range": ">= 0",
+        "default": 100.0,
+        "doc": "",
+    }
     assert all(k["doc"] for k in shown["knobs"])
     assert "did you mean 'strategies'" in cl_lab.error("list", "strategys")
 
