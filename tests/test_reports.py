@@ -67,3 +67,23 @@ def test_a_table_of_hand_made_documents(script: ModuleType) -> None:
     )
     assert [script.perplexity(v) for v in (22.61, 5e15, None)] == ["22.6", "5e+15", ""]
     assert [script.share(v, 2) for v in (1.0, 0.0, 0.345, None)] == ["1.00", ".00", ".34", ""]
+
+
+def test_a_ladder_of_hand_made_documents(script: ModuleType) -> None:
+    """A measure's columns stand side by side, of the streams that there are; what is broken is the last."""
+
+    def found(edits: int, value: float | None) -> dict[str, Any]:
+        scored = {"reliability": 0.25, "ood": 0.5, "reliability_perplexity": value}
+        return {"edits": edits, "before": scored | {"reliability_perplexity": 27.4}, "after": scored}
+
+    rows = [
+        row("wise", 0.0) | found(10, 1.14) | {"at": [found(1, 1.0)]},
+        row("memit", 0.0) | found(10, 5e15) | {"at": [found(1, 2.5)]},
+    ]
+    lines = script.ladder(rows, {"reliability_perplexity": "PPL", "ood": "OOD"}, (1, 10, 100), {"reliability": "held"})
+    assert lines[0] == "| | PPL, T = 1 | 10 | OOD, T = 1 | 10 | held | s an edit | MiB an edit |"
+    assert lines[2:] == [
+        "| before | 27.40 | 27.40 | .500 | .500 | .250 | | |",
+        "| `wise` | 1.00 | 1.14 | .500 | .500 | .250 | 2.0 | 0.50 |",
+        "| `memit` | 2.50 | 5e+15 | .500 | .500 | .250 | 2.0 | 0.50 |",
+    ]
