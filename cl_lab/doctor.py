@@ -30,18 +30,23 @@ def examine() -> dict[str, Any]:
     A check that is ``needed`` and not ``ok`` means that runs will fail; the others are notes.
     """
     checks = [
-        {"name": name, **_look(probe), "needed": needed}
+        {"name": name, **seen, "needed": needed}
         for name, needed, probe in (*_machine(), *_packages(), *_plugins(), *_services(), *_data())
+        if (seen := _look(probe))
     ]
     return {"checks": checks, "environment": environment.snapshot()}
 
 
-Check = tuple[str, bool, Callable[[], Finding]]
+Check = tuple[str, bool, Callable[[], Finding | None]]
 
 
-def _look(probe: Callable[[], Finding]) -> dict[str, Any]:
+def _look(probe: Callable[[], Finding | None]) -> dict[str, Any]:
+    """What a probe found; nothing where there is nothing to find."""
     try:
-        ok, detail = probe()
+        found = probe()
+        if found is None:
+            return {}
+        ok, detail = found
     except Exception as error:  # noqa: BLE001  # a broken package may raise anything; that is the finding
         ok, detail = False, f"{type(error).__name__}: {error}"
     return {"ok": ok, "detail": " ".join(detail.split())}
@@ -198,7 +203,10 @@ def _store() -> Finding:
 
 
 def _data() -> Iterator[Check]:
-    """One check per data set of scenarios whose class can say where it lies (a classmethod ``find``) without reading it."""
+    """One check per data set of scenarios whose class can say where it lies (a classmethod ``find``) without reading it.
+
+    Where that gives ``None`` each configuration names a folder of its own.
+    """
     try:
         classes = {name: registry.load("scenarios", name)[0] for name in registry.names("scenarios")}
     except PluginError:
@@ -211,8 +219,9 @@ def _data() -> Iterator[Check]:
             yield f"data of {source}", False, partial(_found, find)
 
 
-def _found(find: Callable[[], object]) -> Finding:
+def _found(find: Callable[[], object]) -> Finding | None:
     try:
-        return True, str(find())
+        place = find()
+        return None if place is None else (True, str(place))
     except DataError as error:
         return False, str(error)

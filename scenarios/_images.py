@@ -165,9 +165,12 @@ class _Images(Scenario):
         return None
 
     @classmethod
-    def find(cls) -> Path:
-        """The folder that holds the set. Raises :class:`~cl_lab.errors.DataError` where it is nowhere."""
-        return _sources.find(cls.source)
+    def find(cls) -> Path | None:
+        """The folder that holds the set; ``None`` where each configuration names its own.
+
+        Raises :class:`~cl_lab.errors.DataError` where it is nowhere.
+        """
+        return _sources.find(cls.source) if cls.source in _sources.SOURCES else None
 
     @classmethod
     def fetch(cls, root: Path | None = None) -> Path:

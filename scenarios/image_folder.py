@@ -83,9 +83,6 @@ class ImageFolder(_Split):
         except OSError:  # the cache cannot be written
             return None
 
-    find = None  # type: ignore[assignment]
-    """There is no folder but the one that a configuration names."""
-
     @classmethod
     def fetch(cls, root: Path | None = None) -> Path:
         """Nothing to download; raises :class:`~cl_lab.errors.ConfigError`."""
