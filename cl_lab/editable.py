@@ -378,20 +378,22 @@ class EditableModel:
         return memo[key]
 
     @torch.no_grad()
-    def above(self, rows: Rows, site: Site, *, from_prompt_end: bool = False) -> Above:
+    def above(self, rows: Rows, site: Site, *, from_prompt_end: bool = False, heard: bool = False) -> Above:
         """What it takes to run ``rows`` through the layers from ``site`` on, again and again, with its output changed.
 
         ``from_prompt_end``: only their tokens from the prompt's last own one on (``rows.until - 1``), with what is before
         them read once and for all: for changes that begin there, and several times as fast. The :class:`Above` then has
-        ``rows`` of these tokens alone.
+        ``rows`` of these tokens alone. ``heard``: it also has what each prompt brings to the site, which the same passes
+        tell (:meth:`heard`).
         """
         layer = self.layer_of(site.path)
         some = list(self.layers[layer:])
         kwargs: list[dict[str, Any]] = []
-        heard: dict[str, Tensor] = {}
+        put_out: dict[str, Tensor] = {}
         ids, more, past = rows.ids, {"use_cache": False}, None
+        whole, before = rows, None
         if from_prompt_end and int((rows.until - 1).max()):
-            rows, more = self._read_heads(rows)
+            rows, more, before = self._read_heads(rows, site)
             ids, past = rows.ids[:, :-1], _Past(more["past_key_values"])  # nothing follows a text's last token
         width = ids.shape[1]
         asked, read = rows.asked[:, :width], rows.read[:, :width]
@@ -403,7 +405,7 @@ class EditableModel:
                     )
                 )
             hooks.enter_context(
-                some[0].register_forward_hook(lambda _, args, out: heard.__setitem__("out", _first(out)))
+                some[0].register_forward_hook(lambda _, args, out: put_out.__setitem__("out", _first(out)))
             )
             self.decoder(input_ids=ids.to(self.device), **more)
         norm = next((getattr(self.decoder, n) for n in _NORMS if hasattr(self.decoder, n)), None)
@@ -411,17 +413,21 @@ class EditableModel:
             raise ConfigError(
                 f"model '{self.name}': no normalisation is found behind its layers (of {', '.join(_NORMS)})"
             )
-        return Above(self, rows, inputs[site.path], heard["out"], some[1:], kwargs[1:], norm)
+        brought = _own_tokens(whole, inputs[site.path], before) if heard else []
+        return Above(self, rows, inputs[site.path], put_out["out"], some[1:], kwargs[1:], norm, brought)
 
-    def _read_heads(self, rows: Rows) -> tuple[Rows, dict[str, Any]]:
-        """The rows' tokens from ``until - 1`` on as rows of their own, and how to go on with them behind those before."""
+    def _read_heads(self, rows: Rows, site: Site) -> tuple[Rows, dict[str, Any], Tensor]:
+        """The rows' tokens from ``until - 1`` on as rows of their own, and how to go on with them behind those before.
+
+        And what reaches ``site`` from those before, ``[B, T, in]``, padded at the left.
+        """
         head = rows.until - 1
         cache, most = new_cache(), int(head.max())
         # Padded at the left, so that no gap lies between a head and what follows: a sliding window counts columns.
         before = torch.arange(most)[None] - (most - head)[:, None]
         there, before = before >= 0, before.clamp(min=0)
         read = torch.where(there, rows.ids.gather(1, before), 0)
-        with self.prompts(there & rows.asked.gather(1, before), there, read):
+        with _listening([site]) as inputs, self.prompts(there & rows.asked.gather(1, before), there, read):
             self.decoder(
                 input_ids=read.to(self.device),
                 attention_mask=there.long().to(self.device),
@@ -437,7 +443,8 @@ class EditableModel:
         some = Rows(ids, rows.prompt - head, length, torch.zeros_like(head), torch.ones_like(head))
         mask = torch.cat([there, torch.ones(len(rows), width - 1)], 1)
         more = {"attention_mask": mask.long(), "position_ids": inside[:, :-1]}
-        return some, {k: v.to(self.device) for k, v in more.items()} | {"past_key_values": cache, "use_cache": True}
+        more = {k: v.to(self.device) for k, v in more.items()} | {"past_key_values": cache, "use_cache": True}
+        return some, more, inputs[site.path]
 
     @contextmanager
     def prompts(self, asked: Tensor, read: Tensor, ids: Tensor) -> Iterator[None]:
@@ -788,7 +795,8 @@ class Above:
     """Rows in the middle of the model: everything behind the output of one linear layer, ready to be run again.
 
     ``inputs`` is what that layer reads, ``[B, T, in]``. Its layer is taken to add the layer's output to the residual stream,
-    as all the families above do; :meth:`check` tells whether the model does.
+    as all the families above do; :func:`check_plain_residual` tells whether the model does. ``heard`` is, where it was asked
+    for, what it reads of each prompt's own tokens, float32 ``[T_i, in]`` (:meth:`EditableModel.heard`).
     """
 
     model: EditableModel
@@ -798,6 +806,7 @@ class Above:
     layers: list[nn.Module]
     kwargs: list[dict[str, Any]]
     norm: nn.Module
+    heard: list[Tensor] = field(default_factory=list)
     _said: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -905,6 +914,17 @@ class _Past:
         """Keys and values ``[B, heads, past + T, width]`` of a layer, those given at the end."""
         before = self._kept[layer]
         return torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
+
+
+def _own_tokens(rows: Rows, inputs: Tensor, before: Tensor | None) -> list[Tensor]:
+    """What of each row's ``inputs`` is its prompt's own, where those ``before`` its last token were read apart, or not."""
+    found = []
+    for i, (begin, until) in enumerate(zip(rows.begin.tolist(), rows.until.tolist(), strict=True)):
+        own = inputs[i, begin:until] if before is None else inputs[i, :1]
+        if before is not None:
+            own = torch.cat([before[i, before.shape[1] - (until - 1) + begin :], own])
+        found.append(own.float())
+    return found
 
 
 class _AllHeard(Exception):

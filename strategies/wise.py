@@ -17,7 +17,7 @@ from cl_lab.knobs import knob
 from cl_lab.patches import Patch, SidePatch, packed, shard_change, threshold, unpacked
 from cl_lab.protocols import Editor
 
-from ._edit_texts import CONTEXTS, descend, edit_site, forms, names, neighbours, row_loss, unrelated_prompts
+from ._edit_texts import descend, edit_site, forms, names, neighbours, row_loss, unrelated_prompts
 
 Asked = tuple[str, bool]
 """A prompt, and whether it is asked as a chat's turn."""
@@ -120,7 +120,7 @@ class Wise(Editor):
         chat = self.chat and model.tokenizer.can_chat
         held, others = (besides(some, edits) for some in apart(earlier, there, shard))
         with model.unrouted():  # what reaches the layer is the model's own, and so is what it gives to go on from
-            at = _rows_above(model, site, edits, self.contexts, chat)
+            at = _rows_above(model, site, edits, self.contexts, chat, heard=True)
             old = self._rehearsed(model, site, held, shard, chat)
             away, kept = (heard_unrelated(model, site, in_turn(half, chat)) for half in self._unrelated())
             unit = _unit(away, site)
@@ -130,12 +130,11 @@ class Wise(Editor):
             near = [heard_prompts(model, site, both_ways(beside, chat))] if beside else []
             if more := [text for text in dict.fromkeys(like) if text not in beside]:
                 near.append(heard_once(model, site, both_ways(more, chat)))
-            behind = [f"{context} {e.prompt}" for e in edits for context in CONTEXTS[: self.contexts]]
-            mine = [heard_once(model, site, both_ways([e.prompt for e in [*edits, *held]], chat))]
-            if behind:
-                mine.append(heard_prompts(model, site, [(text, False) for text in behind]))
-            asked = together(mine)
+            asked = heard_once(model, site, both_ways([e.prompt for e in [*edits, *held]], chat))
             own_prompts = heard_once(model, site, both_ways([e.prompt for e in edits], chat))
+        forms_each = len(at.heard) // len(edits)  # the prompt, behind its beginnings, and in a chat
+        if behind := [h for i, h in enumerate(at.heard) if 1 <= i % forms_each <= self.contexts]:
+            asked = together([asked, as_heard(behind)])
         centre = away.tokens.mean(0)
         trained, notes = self._train(at, old, before, free, away, together(near) if near else None, asked, unit, edits)
 
@@ -297,9 +296,13 @@ def together(several: Sequence[Heard]) -> Heard:
 
 def heard_prompts(model: EditableModel, site: Site, prompts: Sequence[Asked]) -> Heard:
     """What ``prompts``, one at least, bring to the site: their own tokens, not a template's, which count for nothing."""
-    each = model.heard(prompts, site)
+    return as_heard([h.to(model.device) for h in model.heard(prompts, site)])
+
+
+def as_heard(each: Sequence[Tensor]) -> Heard:
+    """What each of several prompts brings, ``[T_i, in]``."""
     of = torch.repeat_interleave(torch.arange(len(each)), torch.tensor([len(h) for h in each]))
-    return Heard(torch.cat(each).to(model.device), of.to(model.device), len(each))
+    return Heard(torch.cat([*each]), of.to(each[0].device), len(each))
 
 
 def heard_unrelated(model: EditableModel, site: Site, prompts: Sequence[Asked]) -> Heard:
@@ -351,9 +354,11 @@ def both_ways(prompts: Iterable[str], chat: bool) -> list[Asked]:
     return [(text, turn) for text in prompts for turn in (False, True)[: 1 + chat]]
 
 
-def _rows_above(model: EditableModel, site: Site, edits: Sequence[Edit], contexts: int, chat: bool) -> Above:
+def _rows_above(
+    model: EditableModel, site: Site, edits: Sequence[Edit], contexts: int, chat: bool, *, heard: bool = False
+) -> Above:
     rows = model.rows([pair for edit in edits for pair in forms(model, edit, contexts, chat)])
-    return model.above(rows, site, from_prompt_end=True)
+    return model.above(rows, site, from_prompt_end=True, heard=heard)
 
 
 def _with(before: Tensor, free: Tensor, values: Tensor) -> Tensor:

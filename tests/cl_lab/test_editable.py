@@ -220,6 +220,25 @@ def test_from_the_prompts_end_on_it_is_that_of_the_whole(name: str, attention: s
     assert hooks(model) == 0
 
 
+@family
+@pytest.mark.parametrize("from_prompt_end", [False, True])
+def test_the_part_above_has_heard_the_prompts_in_the_same_passes(name: str, from_prompt_end: bool) -> None:
+    model = EditableModel(editable(name).model, Chatty(), name)
+    site = model.down_projection(2)
+    prompts = [
+        (text, chat) for text in ("The capital of Peru", "Q", "Who wrote it, and when?") for chat in (False, True)
+    ]
+    rows = model.rows([(model.encode_prompt(text, chat=chat), [7, 8, 9]) for text, chat in prompts])
+    at = model.above(rows, site, from_prompt_end=from_prompt_end, heard=True)
+    for found, expected in zip(at.heard, model.heard(prompts, site), strict=True):
+        assert found.shape == expected.shape
+        assert torch.allclose(found, expected, atol=1e-4)
+    assert model.above(rows, site, from_prompt_end=from_prompt_end).heard == [], "kept for those who ask for it"
+    short = model.rows([([5], [6]), ([4], [3, 2])])  # no prompt has a token before its last
+    (one, two) = model.above(short, site, from_prompt_end=from_prompt_end, heard=True).heard
+    assert len(one) == len(two) == 1
+
+
 def test_a_change_of_the_output_is_learnt_through_the_part_above() -> None:
     model = editable()
     site, rows = model.down_projection(1), rows_of(model)
