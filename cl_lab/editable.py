@@ -354,7 +354,8 @@ class EditableModel:
                     head = 0  # the first letters of one run into the template's last token
                 given: dict[str, Any] = {"use_cache": False}
                 if head:
-                    cache = _gathered([(self._opening(rows.ids[0, :head]), [0] * len(some), 0)], head)
+                    opening, _ = self._opening(rows.ids[0, :head], site)
+                    cache = _gathered([(opening, [0] * len(some), 0)], head)
                     place = torch.arange(head, int(until.max()))[None].expand(len(some), -1)
                     given = {"position_ids": place.to(self.device), "past_key_values": cache, "use_cache": True}
                 there = slice(head, int(until.max()))
@@ -367,24 +368,37 @@ class EditableModel:
                 found |= {i: h[begin:end] for i, h, begin, end in bounds}
         return [found[i] for i in range(len(prompts))]
 
-    def _opening(self, ids: Tensor) -> Any:
-        """The cache of ``ids`` ``[T]``, with which texts begin, read once for the weights as they stand."""
-        key, memo = ("opening", tuple(ids.tolist())), self.memo  # another may take its place meanwhile
+    def _opening(self, ids: Tensor, site: Site) -> tuple[Any, Tensor]:
+        """Of ``ids`` ``[T]``, with which texts begin: the cache, and what reaches ``site``, ``[1, T, in]``.
+
+        Read once for the weights as they stand.
+        """
+        key, memo = ("opening", site.path, tuple(ids.tolist())), self.memo  # another may take its place meanwhile
         if key not in memo:
             cache = new_cache()
-            with self.unrouted():  # a route is for a prompt's own tokens
+            with _listening([site]) as inputs, self.unrouted():  # a route is for a prompt's own tokens
                 self.decoder(input_ids=ids[None].to(self.device), past_key_values=cache, use_cache=True)
-            memo[key] = cache
-        return memo[key]
+            memo[key] = cache, inputs[site.path]
+        found: tuple[Any, Tensor] = memo[key]
+        return found
 
     @torch.no_grad()
-    def above(self, rows: Rows, site: Site, *, from_prompt_end: bool = False, heard: bool = False) -> Above:
+    def above(
+        self,
+        rows: Rows,
+        site: Site,
+        *,
+        from_prompt_end: bool = False,
+        heard: bool = False,
+        openings: Sequence[Sequence[int]] = (),
+    ) -> Above:
         """What it takes to run ``rows`` through the layers from ``site`` on, again and again, with its output changed.
 
         ``from_prompt_end``: only their tokens from the prompt's last own one on (``rows.until - 1``), with what is before
         them read once and for all: for changes that begin there, and several times as fast. The :class:`Above` then has
         ``rows`` of these tokens alone. ``heard``: it also has what each prompt brings to the site, which the same passes
-        tell (:meth:`heard`).
+        tell (:meth:`heard`). ``openings``: tokens that texts begin with time and again, read once for the model as it
+        stands, without what answers for some prompts only; each row takes what it has in common with one of them.
         """
         layer = self.layer_of(site.path)
         some = list(self.layers[layer:])
@@ -393,7 +407,7 @@ class EditableModel:
         ids, more, past = rows.ids, {"use_cache": False}, None
         whole, before = rows, None
         if from_prompt_end and int((rows.until - 1).max()):
-            rows, more, before = self._read_heads(rows, site)
+            rows, more, before = self._read_heads(rows, site, openings)
             ids, past = rows.ids[:, :-1], _Past(more["past_key_values"])  # nothing follows a text's last token
         width = ids.shape[1]
         asked, read = rows.asked[:, :width], rows.read[:, :width]
@@ -416,18 +430,28 @@ class EditableModel:
         brought = _own_tokens(whole, inputs[site.path], before) if heard else []
         return Above(self, rows, inputs[site.path], put_out["out"], some[1:], kwargs[1:], norm, brought)
 
-    def _read_heads(self, rows: Rows, site: Site) -> tuple[Rows, dict[str, Any], Tensor]:
+    def _read_heads(
+        self, rows: Rows, site: Site, openings: Sequence[Sequence[int]]
+    ) -> tuple[Rows, dict[str, Any], Tensor]:
         """The rows' tokens from ``until - 1`` on as rows of their own, and how to go on with them behind those before.
 
         And what reaches ``site`` from those before, ``[B, T, in]``, padded at the left.
         """
         head = rows.until - 1
-        cache, most = new_cache(), int(head.max())
-        # Padded at the left, so that no gap lies between a head and what follows: a sliding window counts columns.
-        before = torch.arange(most)[None] - (most - head)[:, None]
-        there, before = before >= 0, before.clamp(min=0)
-        read = torch.where(there, rows.ids.gather(1, before), 0)
-        with _listening([site]) as inputs, self.prompts(there & rows.asked.gather(1, before), there, read):
+        most = int(head.max())
+        known = [self._opening(torch.tensor(ids), site) for ids in openings]
+        heads = [row[:n] for row, n in zip(rows.ids.tolist(), head.tolist(), strict=True)]
+        alike = [max(((_in_common(ids, own), i) for i, ids in enumerate(openings)), default=(0, 0)) for own in heads]
+        # Every row reads so many tokens, the last of its head, though it may have more in common with an opening. So all
+        # padding is at the left, and no gap lies between tokens that follow each other: a sliding window counts columns.
+        rest = max(1, *(len(own) - n for own, (n, _) in zip(heads, alike, strict=True)))
+        taken = [(which, max(len(own) - rest, 0)) for own, (_, which) in zip(heads, alike, strict=True)]
+        cache = _begun([opening for opening, _ in known], taken, most - rest) if most > rest else new_cache()
+        there = torch.arange(most)[None] >= (most - head)[:, None]
+        before = (torch.arange(rest)[None] + (head - rest)[:, None]).clamp(min=0)
+        now = there[:, most - rest :]
+        read = torch.where(now, rows.ids.gather(1, before), 0)
+        with _listening([site]) as inputs, self.prompts(now & rows.asked.gather(1, before), now, read):
             self.decoder(
                 input_ids=read.to(self.device),
                 attention_mask=there.long().to(self.device),
@@ -435,6 +459,10 @@ class EditableModel:
                 past_key_values=cache,
                 use_cache=True,
             )
+        brought = inputs[site.path]
+        if most > rest:
+            first = [_widened(known[which][1][:, :n], most - rest) for which, n in taken]
+            brought = torch.cat([torch.cat(first), brought], 1)
         length = rows.length - head
         width = int(length.max())
         places = torch.arange(width)[None] + head[:, None]
@@ -444,7 +472,7 @@ class EditableModel:
         mask = torch.cat([there, torch.ones(len(rows), width - 1)], 1)
         more = {"attention_mask": mask.long(), "position_ids": inside[:, :-1]}
         more = {k: v.to(self.device) for k, v in more.items()} | {"past_key_values": cache, "use_cache": True}
-        return some, more, inputs[site.path]
+        return some, more, brought
 
     @contextmanager
     def prompts(self, asked: Tensor, read: Tensor, ids: Tensor) -> Iterator[None]:
@@ -785,9 +813,31 @@ def _gathered(parts: Sequence[tuple[Any, Sequence[int], int]], width: int) -> An
         both = []
         for name in ("keys", "values"):
             taken = [getattr(cache.layers[i], name)[list(rows), :, first:] for cache, rows, first in parts]
-            both.append(torch.cat([nn.functional.pad(t, (0, 0, width - t.shape[2], 0)) for t in taken]))
+            both.append(torch.cat([_widened(t, width) for t in taken]))
         made.update(*both, i)
     return made
+
+
+def _begun(openings: Sequence[Any], taken: Sequence[tuple[int, int]], width: int) -> Any:
+    """One cache whose rows each have the first so many columns of one of the ``openings``, ``width`` in all."""
+    made = new_cache()
+    for i in range(len(openings[0].layers)):
+        both = [
+            torch.cat([_widened(getattr(openings[which].layers[i], name)[:, :, :n], width) for which, n in taken])
+            for name in ("keys", "values")
+        ]
+        made.update(*both, i)
+    return made
+
+
+def _widened(found: Tensor, width: int) -> Tensor:
+    """``[..., T, size]`` filled with zeros at the left to ``[..., width, size]``."""
+    return nn.functional.pad(found, (0, 0, width - found.shape[-2], 0))
+
+
+def _in_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of what both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @dataclass

@@ -17,7 +17,7 @@ from cl_lab.knobs import knob
 from cl_lab.patches import Patch, SidePatch, packed, shard_change, threshold, unpacked
 from cl_lab.protocols import Editor
 
-from ._edit_texts import descend, edit_site, forms, names, neighbours, row_loss, unrelated_prompts
+from ._edit_texts import CONTEXTS, descend, edit_site, forms, names, neighbours, row_loss, unrelated_prompts
 
 Asked = tuple[str, bool]
 """A prompt, and whether it is asked as a chat's turn."""
@@ -358,7 +358,10 @@ def _rows_above(
     model: EditableModel, site: Site, edits: Sequence[Edit], contexts: int, chat: bool, *, heard: bool = False
 ) -> Above:
     rows = model.rows([pair for edit in edits for pair in forms(model, edit, contexts, chat)])
-    return model.above(rows, site, from_prompt_end=True, heard=heard)
+    begin = [model.encode_prompt(context) for context in CONTEXTS[:contexts]]
+    if chat:
+        begin.append(model.encode_prompt("A", chat=True))
+    return model.above(rows, site, from_prompt_end=True, heard=heard, openings=begin)
 
 
 def _with(before: Tensor, free: Tensor, values: Tensor) -> Tensor:

@@ -239,6 +239,52 @@ def test_the_part_above_has_heard_the_prompts_in_the_same_passes(name: str, from
     assert len(one) == len(two) == 1
 
 
+@family
+def test_what_texts_begin_with_is_read_once(name: str) -> None:
+    model = EditableModel(editable(name).model, Chatty(), name)
+    site = model.down_projection(2)
+    openings = [[5, 6, 7, 8], [9, 4, 5, 6, 7], model.encode_prompt("A", chat=True)]
+    prompts = [
+        [5, 6, 7, 8, 3, 2, 1],
+        [9, 4, 5, 6, 7, 2],
+        [5, 6, 4, 4],
+        [7],
+        model.encode_prompt("Pe", chat=True),
+        [5, 6, 7, 8],
+    ]
+    rows = model.rows([(prompt, [7, 8, 9][: 1 + i % 3]) for i, prompt in enumerate(prompts)])
+    plain = model.above(rows, site, from_prompt_end=True, heard=True)
+    read = []
+
+    def listen(_: object, args: tuple[()], kwargs: dict[str, torch.Tensor]) -> None:
+        read.append(tuple(kwargs["input_ids"].shape))
+
+    handle = model.decoder.register_forward_pre_hook(listen, with_kwargs=True)
+    for turn in range(2):
+        read.clear()
+        at = model.above(rows, site, from_prompt_end=True, heard=True, openings=openings)
+        assert torch.allclose(at.logits(), plain.logits(), atol=1e-4)
+        assert torch.allclose(at.inputs[:, 0], plain.inputs[:, 0], atol=1e-4)
+        for found, expected in zip(at.heard, plain.heard, strict=True):
+            assert found.shape == expected.shape
+            assert torch.allclose(found, expected, atol=1e-4)
+        assert read[:-2] == ([] if turn else [(1, len(ids)) for ids in openings])
+        assert read[-2] == (len(rows), 2), "what is not in common with an opening, which is two tokens at most"
+    handle.remove()
+    change = torch.randn(len(rows), plain.inputs.shape[1], WIDTH, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(at.logits(change), plain.logits(change), atol=1e-4)
+    assert torch.allclose(
+        model.above(rows, site, from_prompt_end=True, openings=[[1, 1]]).logits(), plain.logits(), atol=1e-4
+    ), "none has it"
+    with torch.no_grad():
+        site.module.weight.mul_(2)
+    model.memo.clear()  # as every patch does that changes weights
+    changed = model.above(rows, site, from_prompt_end=True, openings=openings)
+    assert torch.allclose(changed.logits(), model.above(rows, site).logits(), atol=1e-4)
+    assert not torch.allclose(changed.logits(), plain.logits(), atol=1e-2)
+    assert hooks(model) == 0
+
+
 def test_a_change_of_the_output_is_learnt_through_the_part_above() -> None:
     model = editable()
     site, rows = model.down_projection(1), rows_of(model)
