@@ -327,7 +327,8 @@ class EngineLearner:
 
     def replica(self) -> nn.Module:
         copied = copy.deepcopy(self._template)
-        copied.load_state_dict(self._full_weights())
+        if self._engine.deepspeed:  # whose weights are elsewhere; the template is the model itself without it
+            copied.load_state_dict(self._full_weights())
         for name, p in copied.named_parameters():
             p.requires_grad_(name not in self._frozen)
         return copied.to(self.device).eval()
@@ -686,12 +687,10 @@ class EngineLearner:
             self._plain = copy.deepcopy(self._template).to(self.device)
         for name, p in self._plain.named_parameters():
             p.requires_grad_(name not in self._frozen)
-        self._frozen_modules = [
-            m
-            for n, m in self._plain.named_modules()
-            if n
-            and (inside := [p for p, _ in self._plain.named_parameters() if p.startswith(n + ".")])
-            and all(p in self._frozen for p in inside)
+        trained = {part for name, _ in self._plain.named_parameters() if name not in self._frozen for part in _within(name)}
+        kept = {part for name in self._frozen for part in _within(name)} - trained
+        self._frozen_modules = [  # the highest of them: what lies in one is set with it
+            module for name, module in self._plain.named_modules() if name in kept and name.rpartition(".")[0] not in kept
         ]
         optimizer = self._make_optimizer()
         if not self._engine.deepspeed:
@@ -801,6 +800,12 @@ class EngineLearner:
                 for held in inner.state.values():
                     if "step" in held:
                         held["step"] = torch.full_like(held["step"], float(step))
+
+
+def _within(name: str) -> Iterator[str]:
+    """The paths of the modules that the parameter ``name`` lies in, but for the model itself."""
+    parts = name.split(".")
+    return (".".join(parts[:n]) for n in range(1, len(parts)))
 
 
 @contextmanager
