@@ -8,10 +8,12 @@ the answer's places only.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from heapq import heapreplace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -34,6 +36,7 @@ log = logging.getLogger("cl_lab")
 _TINY = "tiny"
 _TARGETS = "model.lora_targets"
 _OTHERWISE = (TypeError, ValueError, AttributeError, LookupError, RuntimeError)  # of parts that want to be called so
+_WORTH = 0.85  # the share of a batch's places up to which packing is worth it
 _ROWS = 32  # of a decoder that is run whole, in a pass, where its rows are multiplied by their answers
 
 
@@ -42,7 +45,8 @@ class CausalBackbone(Backbone):
 
     A row holds a prompt that ends at column P and an answer that begins there (:class:`~cl_lab.records.Stream`); places
     without a token are masked and take no position. Columns that no row of a batch uses are cut off, so ``A'`` is one more
-    than the longest answer in the batch, but at most A: what it says at place j follows from the prompt and j tokens.
+    than the longest answer in the batch, but at most A: what it says at place j follows from the prompt and j tokens. In
+    training on a CPU, texts of unlike length pass the layers one behind another, not padded (:class:`_Packing`).
 
     Behind a prompt there may be m answers of A columns each, ``[B, P + m·A]``, none of which sees another: that gives
     ``[B, m·A', width]`` for little more than the price of one.
@@ -69,6 +73,8 @@ class CausalBackbone(Backbone):
         """What stands before each prompt: ``(h, read, t)`` → ``(soft, there)``, see :meth:`take_prefix`."""
         self._read: _Prompts | None = None
         self._remembers: bool | None = None
+        # In a row of twelve times that, a layer would spend as much on which place sees which as on its projections.
+        self._row = int(min(self.width // 2, _window(decoder.config)))
         parts = ("embed_tokens", "layers", "norm", "rotary_emb")  # of Llama, Qwen, Mistral and their relatives
         known = all(hasattr(decoder, p) for p in parts) and prompt + answer <= _window(decoder.config)
         self._cut_into(len(decoder.layers) if known else None)
@@ -271,21 +277,30 @@ class CausalBackbone(Backbone):
         decoder: Any = self.model
         n = h.shape[1]
         last = self._stages if last is None else last
+        layers = decoder.layers[max(first - 1, 0) : max(last - 1, 0)]
+        packing = None
+        # Editors and estimators of curvature listen to the layers of a model that is not in training, row by row; and on
+        # other devices it would take longer to learn how long the texts are than it saves.
+        if self.training and len(layers) and read is None and h.device.type == "cpu":
+            packing = _Packing.of(mask, prompt, self._row)
+        if packing is not None:
+            h = packing.packed(h)
         if first == 0:
             h = decoder.embed_tokens(h.clamp(min=0).long())
-        layers = decoder.layers[max(first - 1, 0) : max(last - 1, 0)]
         if len(layers):
-            column = torch.arange(mask.shape[1], device=h.device)
-            of = torch.where(column < prompt, -1, (column - prompt) // max(answer, 1))  # which answer, or the prompt
-            seen = (column[:, None] >= column) & ((of == -1) | (of[:, None] == of)) & mask[:, None, None, :]
-            # Every place may see itself, or a place without a token would have nothing to attend to.
-            seen = (seen | (column[:, None] == column))[:, :, -n:]
-            places = _places(mask, prompt, answer)[:, -n:]
+            places, column = _places(mask, prompt, answer), torch.arange(mask.shape[1], device=h.device)[None]
+            if packing is None:
+                places, seen = places[:, -n:], _seen(mask, column, prompt, answer)[:, :, -n:]
+            else:
+                places, mask, column = (packing.packed(v) for v in (places, mask, column.expand_as(mask)))
+                seen = _seen(mask, column, prompt, answer, packing.row)
             turned = decoder.rotary_emb(h, position_ids=places)
             past = {} if read is None else {"past_key_values": read}
             for layer in layers:
                 h = layer(h, attention_mask=seen, position_ids=places, position_embeddings=turned, **past)
-        return decoder.norm(h) if last == self._stages else h
+        if last == self._stages:
+            h = decoder.norm(h)
+        return h if packing is None else packing.apart(h)
 
     def _whole(self, x: Tensor, mask: Tensor, prompt: int, answer: int) -> Tensor:
         """The whole decoder, one answer after another: what a family does with a mask of our own is not known.
@@ -307,6 +322,56 @@ class CausalBackbone(Backbone):
             said.append(self.model(**{how: x[rows]}, **how_placed, use_cache=False).last_hidden_state)
         every = torch.cat(said).unflatten(0, (m, n))
         return torch.cat([every[0, :, :prompt], *every[:, :, prompt:]], 1)
+
+
+class _Packing:
+    """Where the places of a batch ``[B, T]`` go when its texts stand one behind another in rows, instead of padded.
+
+    A text sees itself alone, at its own positions, so that each says what it says by itself; places before its prompt are
+    left out.
+    """
+
+    def __init__(self, at: Tensor, shape: tuple[int, int]) -> None:
+        """``at`` ``[B', T']``: which of the ``B·T`` places stands there, or −1 for none."""
+        self._at, self._shape, self._real = at, shape, at >= 0
+        self.row = torch.where(self._real, at // shape[1], -1)
+        """Which text each place belongs to, ``[B', T']``, −1 for none."""
+
+    @classmethod
+    def of(cls, mask: Tensor, prompt: int, length: int) -> _Packing | None:
+        """Texts with tokens where ``mask`` ``[B, T]`` says, in rows of about ``length`` or the longest's; if it saves much.
+
+        The longest first, each goes to the row that has the least (Graham 1969, "Bounds on Multiprocessing Timing
+        Anomalies").
+        """
+        kept = mask.clone()
+        kept[:, prompt - 1 :] = True  # all of the answers, and where they begin
+        if kept.sum() > _WORTH * mask.numel():
+            return None
+        lengths = kept.sum(1).tolist()
+        rows: list[list[int]] = [[] for _ in range(max(1, sum(lengths) // max(length, *lengths)))]
+        filled = [(0, row) for row in range(len(rows))]
+        for text in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+            has, row = filled[0]
+            rows[row].append(text)
+            heapreplace(filled, (has + lengths[text], row))
+        if len(rows) * max(filled)[0] > _WORTH * mask.numel():
+            return None
+        texts = kept.flatten().nonzero()[:, 0].split(lengths)
+        at = [torch.cat([texts[text] for text in row]) for row in rows]
+        return cls(nn.utils.rnn.pad_sequence(at, batch_first=True, padding_value=-1), (len(mask), mask.shape[1]))
+
+    def packed(self, v: Tensor) -> Tensor:
+        """``[B, T, …]`` → ``[B', T', …]``, zero where nothing stands."""
+        some = v.flatten(0, 1)[self._at.clamp(min=0)]
+        packed: Tensor = some * self._real.unflatten(1, (-1, *[1] * (v.dim() - 2)))
+        return packed
+
+    def apart(self, h: Tensor) -> Tensor:
+        """``[B', T', width]`` → ``[B, T, width]``, zero where nothing stood."""
+        flat = h.new_zeros(math.prod(self._shape), h.shape[2])
+        back: Tensor = flat.index_copy(0, self._at[self._real], h[self._real]).unflatten(0, self._shape)
+        return back
 
 
 class _NotKept(LookupError):
@@ -391,6 +456,23 @@ def _window(config: Any) -> float:
         return 0
     sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((size for size in sizes if size is not None), default=float("inf"))
+
+
+def _seen(mask: Tensor, column: Tensor, prompt: int, answer: int, row: Tensor | None = None) -> Tensor:
+    """Which places each place sees, ``[B, 1, T, T]`` bool: tokens before it of its own text, but of no other answer.
+
+    ``column`` ``[B or 1, T]`` is where in its text a place stands, and ``row`` ``[B, T]`` in which, where a row has several.
+    """
+    of = torch.where(column < prompt, -1, (column - prompt) // max(answer, 1))  # which answer, or the prompt
+    seen = (
+        (column[:, :, None] >= column[:, None])
+        & ((of[:, None] == -1) | (of[:, :, None] == of[:, None]))
+        & mask[:, None]
+    )
+    if row is not None:
+        seen &= row[:, :, None] == row[:, None]
+    # Every place may see itself, or a place without a token would have nothing to attend to.
+    return (seen | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device))[:, None]
 
 
 def _places(mask: Tensor, prompt: int, answer: int) -> Tensor:

@@ -687,10 +687,14 @@ class EngineLearner:
             self._plain = copy.deepcopy(self._template).to(self.device)
         for name, p in self._plain.named_parameters():
             p.requires_grad_(name not in self._frozen)
-        trained = {part for name, _ in self._plain.named_parameters() if name not in self._frozen for part in _within(name)}
+        trained = {
+            part for name, _ in self._plain.named_parameters() if name not in self._frozen for part in _within(name)
+        }
         kept = {part for name in self._frozen for part in _within(name)} - trained
         self._frozen_modules = [  # the highest of them: what lies in one is set with it
-            module for name, module in self._plain.named_modules() if name in kept and name.rpartition(".")[0] not in kept
+            module
+            for name, module in self._plain.named_modules()
+            if name in kept and name.rpartition(".")[0] not in kept
         ]
         optimizer = self._make_optimizer()
         if not self._engine.deepspeed:

@@ -333,6 +333,70 @@ def test_columns_that_nobody_uses_change_nothing(stream: Stream) -> None:
     assert torch.allclose(alone[:, 0], model(data.x[:4], data.t[:4])[:, 0], atol=1e-5), "the answer is not foreseen"
 
 
+def unlike(stream: Stream, m: int) -> Tensor:
+    """Prompts of two lengths, each with ``m`` answers."""
+    assert stream.answers is not None
+    x = stream.experiences[0].train.x[:8].clone()
+    x[::2, : toys.PROMPT - 1] = PAD
+    answers = stream.answers[torch.arange(8 * m) % len(stream.answers)].to(torch.int32)
+    return torch.cat([x[:, : toys.PROMPT], answers.reshape(8, -1)], 1)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_texts_of_unlike_length_are_not_padded_in_training(stream: Stream, m: int) -> None:
+    """They say what they say, gradients are as they were, and layers read fewer places."""
+    _, model = wrapped(stream)
+    x = unlike(stream, m)
+    seen: list[int] = []
+    layer = model.get_submodule("backbone.model.layers.1")
+    layer.register_forward_hook(lambda _, args, out: seen.append(args[0][..., 0].numel()))
+
+    def outputs() -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        said = model(x, torch.zeros(8, dtype=torch.int64))
+        said.square().mean().backward()
+        return said.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected, slopes = outputs()
+    model.train()
+    found, others = outputs()
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert others.keys() == slopes.keys()
+    assert all(torch.allclose(others[n], slope, atol=1e-6) for n, slope in slopes.items())
+    said = seen[0] - 8 * toys.PROMPT  # places of answers
+    assert seen[1] <= said + 4 * toys.PROMPT + 4 + toys.PROMPT, (
+        "four long prompts, four of a token, a place or so left over"
+    )
+
+
+def test_texts_of_unlike_length_stand_in_more_than_one_row(stream: Stream) -> None:
+    _, model = wrapped(stream)
+    backbone: Any = model.backbone
+    x = unlike(stream, 1)
+    expected = model(x, torch.zeros(8, dtype=torch.int64))
+    shapes: list[torch.Size] = []
+    model.get_submodule("backbone.model.layers.0").register_forward_hook(
+        lambda _, args, out: shapes.append(args[0].shape)
+    )
+    for longest in (1, 1000):
+        backbone._row = longest
+        assert torch.allclose(model.train()(x, torch.zeros(8, dtype=torch.int64)), expected, atol=1e-5)
+    assert 1 < shapes[0][0] < 8, "rows of the longest text's length"
+    assert shapes[1][0] == 1, "one row for all"
+
+
+def test_texts_of_like_length_stay_in_rows_of_their_own(stream: Stream) -> None:
+    _, model = wrapped(stream)
+    x = unlike(stream, 1)[1::2]
+    x[:, : toys.PROMPT] = 3
+    shapes: list[torch.Size] = []
+    model.get_submodule("backbone.model.layers.0").register_forward_hook(
+        lambda _, args, out: shapes.append(args[0].shape)
+    )
+    model.train()(x, torch.zeros(4, dtype=torch.int64))
+    assert shapes[0][0] == 4
+
+
 @pytest.mark.parametrize("layered", [True, False])
 def test_answers_behind_one_prompt_do_not_see_each_other(stream: Stream, layered: bool) -> None:
     _, model = wrapped(stream)
@@ -360,6 +424,9 @@ def test_cut_in_two_it_is_the_same_function(stream: Stream, stage: str) -> None:
     assert latents.shape == (8, rows * depth + rows)
     assert torch.equal(latents[:, rows * depth :], (data.x[:8] != PAD).float())
     assert torch.allclose(model(latents, data.t[:8], latent=True), whole, atol=1e-5)
+    x = unlike(stream, 1)
+    whole, latents = model(x, data.t[:8]), model.latents(x)
+    assert torch.allclose(model.train()(latents, data.t[:8], latent=True), whole, atol=1e-5), "in training, too"
     assert not any("layers.1" in name for name in lower) or stage == "model.layers.1"
 
 
