@@ -224,17 +224,25 @@ def test_of_a_text_only_the_answers_places_count() -> None:
 
 def test_either_may_answer() -> None:
     on = toys.stream(form="texts", scoring="first-token")
-    rows = {}
     for serve in ("slow", "fast"):
         made, (ilora, _) = trainer(on, {"serve": serve, "decay": 0.9}, model=LM, training=ADAM)
-        record = made.run()
+        made.run()
         batch = on.experiences[0].test.batch(torch.arange(8))
         with torch.no_grad():
             same = torch.equal(ilora.predict(batch, made.learner), made.learner.forward(batch))
         assert same == (serve == "fast")
-        rows[serve] = record.matrix[-1]
-    naive = toys.trainer([{"name": "naive"}], on, model=LM, training=ADAM).run().matrix[-1]
-    assert sum(rows["slow"]) > sum(naive), (rows, naive)
+
+
+def test_slow_weights_forget_less_than_none() -> None:
+    """Of models so small one run hangs on a rounding; three seeds do not."""
+    on = toys.stream(form="texts", scoring="first-token")
+    held = {"slow": 0.0, "naive": 0.0}
+    for seed in range(3):
+        made, _ = trainer(on, {"serve": "slow", "decay": 0.9}, model=LM, training=ADAM, seed=seed)
+        held["slow"] += sum(made.run().matrix[-1])
+        naive = toys.trainer([{"name": "naive"}], on, model=LM, training=ADAM, seed=seed)
+        held["naive"] += sum(naive.run().matrix[-1])
+    assert held["slow"] > held["naive"] + 0.5, held
 
 
 def test_checkpoints_hold_the_adapters_alone() -> None:

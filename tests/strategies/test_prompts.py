@@ -211,7 +211,7 @@ def test_learns_what_a_frozen_model_can_be_asked_for(link: dict[str, Any]) -> No
         )
         trainer.learner.set_weights(trainer.learner.weights() | pretrained())
         matrix = trainer.run().matrix
-        assert max(trainer.record.initial) < 0.1
+        assert max(trainer.record.initial) < 0.2, "without the switch it gives its own answers"
         if sum(matrix[i][i] for i in range(3)) / 3 >= 0.9:
             break
     else:
