@@ -66,6 +66,7 @@ class CausalBackbone(Backbone):
         self, decoder: Any, prompt: int, answer: int, *, room: int | None = None, layered: bool | None = None
     ) -> None:
         super().__init__()
+        self.training = bool(decoder.training)  # else a backbone put around a served model would be in training
         self.model: nn.Module = decoder
         self.width = int(decoder.config.hidden_size)
         self._prompt, self._answer, self._room = prompt, answer, room

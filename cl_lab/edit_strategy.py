@@ -206,7 +206,7 @@ class _Patched:
     def logits(self, batch: Batch) -> Tensor:
         """Logits ``[B, m·A', vocabulary]`` at the places of the answers of ``batch``, as the causal-lm's are."""
         prompt, x, texts = self._told(batch.x)
-        backbone = CausalBackbone(self._decoder, prompt, self._answer, layered=self._layered).eval()
+        backbone = CausalBackbone(self._decoder, prompt, self._answer, layered=self._layered)
         head, answers = x.tensor_split((prompt,), 1)
         # A decoder that is run whole has each answer in a row of its own: hooks that were told of the prompts' rows would
         # take all that stands there for what was asked.

@@ -333,6 +333,17 @@ def test_columns_that_nobody_uses_change_nothing(stream: Stream) -> None:
     assert torch.allclose(alone[:, 0], model(data.x[:4], data.t[:4])[:, 0], atol=1e-5), "the answer is not foreseen"
 
 
+class Soft(torch.nn.Module):
+    """The same soft prompts for all texts."""
+
+    def __init__(self, soft: Tensor, there: Tensor) -> None:
+        super().__init__()
+        self.soft, self.there = soft, there
+
+    def forward(self, h: Tensor, read: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.soft, self.there
+
+
 def unlike(stream: Stream, m: int) -> Tensor:
     """Prompts of two lengths, each with ``m`` answers."""
     assert stream.answers is not None
@@ -367,6 +378,28 @@ def test_texts_of_unlike_length_are_not_padded_in_training(stream: Stream, m: in
     assert seen[1] <= said + 4 * toys.PROMPT + 4 + toys.PROMPT, (
         "four long prompts, four of a token, a place or so left over"
     )
+
+
+def test_behind_soft_prompts_texts_are_not_padded_either(stream: Stream) -> None:
+    _, model = wrapped(stream)
+    x, soft = unlike(stream, 1), torch.randn(8, 3, 32)
+    there = torch.ones(8, 3, dtype=torch.bool)
+    there[1::4, 0] = False
+    model.get_submodule("backbone").take_prefix(Soft(soft, there), 3)  # type: ignore[operator]
+    shapes: list[torch.Size] = []
+    model.get_submodule("backbone.model.layers.0").register_forward_hook(
+        lambda _, args, out: shapes.append(args[0].shape)
+    )
+    expected = model(x, torch.zeros(8, dtype=torch.int64))
+    found = model.train()(x, torch.zeros(8, dtype=torch.int64))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert shapes[1][:2].numel() < shapes[0][:2].numel()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_backbone_is_in_the_mode_of_its_decoder(training: bool) -> None:
+    decoder: Any = hub.tiny_causal_lm(40).train(training).base_model
+    assert CausalBackbone(decoder, toys.PROMPT, toys.ANSWER).training == training
 
 
 def test_texts_of_unlike_length_stand_in_more_than_one_row(stream: Stream) -> None:
